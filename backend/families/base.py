@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a model family has to offer, and what it hands to the rest of the road.
+
+Conventions everywhere behind this door: metres, right-handed, Y up, feet at y = 0, facing +Z;
+sdf negative inside; colours sRGB in 0..1; float32.
+
+A field lives in its own *field space* (for `people` the canonical rest body shared by all persons). The person
+stands in *person space*; `offset` carries one to the other. It is DMTet's vertex offset (Shen et al. 2021, sec. 3.1):
+the lattice is deformed, then the surface is interpolated on its edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Step = Callable[[str, float], None]
+"""`step(stage, fraction)` reports progress, fraction in 0..1 of that stage; raises `Cancelled` when asked to stop."""
+
+
+def no_step(stage: str, fraction: float) -> None:
+    """A `Step` that reports to nobody."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The identity of one human: enough to decode, save, mix and edit it."""
+
+    family: str
+    codes: Mapping[str, Float[Tensor, "L C"]]  # {"top/shape": [1, C], "top/tex": [1, C], ...}
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A skeleton in rest pose, in person space. Bones are listed parents first; the root's parent is -1."""
+
+    names: tuple[str, ...]
+    parents: tuple[int, ...]
+    heads: Float[Tensor, "J 3"]
+    tails: Float[Tensor, "J 3"]
+
+
+class HumanField(Protocol):
+    """One object to be meshed. Every method takes field-space points on the field's device and is differentiable."""
+
+    name: str  # "human", or "top", "shoes", ...
+    bounds: Float[Tensor, "2 3"]  # field-space box that holds the surface with a margin
+    rig: Rig | None
+
+    def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Metres to the surface, negative inside; exact sign everywhere, magnitude truncated or approximate far off."""
+        ...
+
+    def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """sRGB base colour in 0..1, meaningful near the surface."""
+        ...
+
+    def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """Displacement from field space to person space, metres; zeros if the two are one."""
+        ...
+
+    def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
+        """Body region per point (head, torso, left arm, ...): atlas charts do not cross regions. Zeros if none."""
+        ...
+
+    def skin(self, points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 4"], Float[Tensor, "N 4"]]:
+        """Bone indices into `rig` and weights that sum to 1. Only called when `rig` is not None."""
+        ...
+
+
+class FamilyModel(Protocol):
+    """A loaded model. `device` is where its fields compute."""
+
+    name: str
+    device: torch.device
+    weights_sha256: str | None  # None for families without weights
+
+    def sample(self, seed: int, truncation_psi: float, parameters: Mapping[str, Any]) -> Latents:
+        """Latents of the person with this seed. The same on every device: z is drawn by numpy on the CPU."""
+        ...
+
+    def decode(self, latents: Latents) -> Sequence[HumanField]:
+        """One field per object to insert."""
+        ...
+
+
+@dataclass(frozen=True)
+class FamilyInfo:
+    """What the registry, the API and the panel know of a family without importing torch."""
+
+    name: str
+    title: str
+    description: str
+    inputs: tuple[str, ...]  # of "seed", "image"
+    weights: str | None  # name in weights_manifest/, None if the family needs none
+    licence: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema properties of family parameters
+
+
+def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> np.ndarray:
+    """Standard normal numbers for one named latent of one seed, float32: independent per name, equal on every device."""
+    key = [int(seed) & 0xFFFFFFFF, int(seed) >> 32, *name.encode()]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
