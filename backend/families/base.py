@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+
+if TYPE_CHECKING:  # the server reads `FamilyInfo` and never loads torch
+    import torch
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 Step = Callable[[str, float], None]
 """`step(stage, fraction)` reports progress, fraction in 0..1 of that stage; raises `Cancelled` when asked to stop."""
