@@ -277,7 +277,8 @@ def _part(left: dict[str, Array], at: str, rig: RigArrays | None) -> Part:
         skin_weights = _take(left, at + "skin_weights", "<f4", 4, len(vertices))
         _in_range(skin_indices, 0 if rig is None else len(rig.heads), at)
     return Part(vertices, faces, _take(left, at + "normals", "<f4", 3, len(vertices)), uvs, face_uvs_idx,
-                _png(left, at + "base_color.png"), _png(left, at + "normal.png"), skin_indices, skin_weights)  # fmt: skip
+                _png(left, at + "base_color.png"), _png(left, at + "normal.png"),
+                skin_indices, skin_weights)  # fmt: skip
 
 
 def _take(left: dict[str, Array], name: str, dtype: str, columns: int | None, rows: int | None = None) -> Array:

@@ -8,9 +8,11 @@ A family's `__init__.py` imports no torch and holds `INFO: FamilyInfo`; its `mod
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backend.protocol import PopulaceError
 
@@ -35,6 +37,31 @@ def info(name: str) -> FamilyInfo:
     raise PopulaceError(
         "unknown_family", f"There is no model family {name!r}.", f"Choose one of: {', '.join(i.name for i in infos())}."
     )
+
+
+def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
+    """Raise `invalid_request` unless every parameter is one of the family's and fits its JSON schema.
+
+    Of JSON schema the families use `type` (number, integer, string, boolean), `minimum`, `maximum` and `enum`.
+    """
+    schemas = info(name).parameters
+    types = {"number": (int, float), "integer": (int,), "string": (str,), "boolean": (bool,)}
+    for key, value in parameters.items():
+        if key not in schemas:
+            known = ", ".join(sorted(schemas)) or "none"
+            raise PopulaceError(
+                "invalid_request", f"The family {name!r} has no parameter {key!r}.", f"It has: {known}."
+            )  # fmt: skip
+        schema = schemas[key]
+        allowed = types.get(schema.get("type", ""), (object,))
+        fits = isinstance(value, allowed) and (isinstance(value, bool) == (allowed == (bool,)) or allowed == (object,))
+        if fits and "enum" in schema:
+            fits = value in schema["enum"]
+        if fits and isinstance(value, (int, float)):
+            fits = schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
+        if not fits:
+            limits = {k: v for k, v in schema.items() if k in ("type", "minimum", "maximum", "enum")}
+            raise PopulaceError("invalid_request", f"Parameter {key!r} is out of its range.", f"It must fit {limits}.")
 
 
 def load(name: str, device: str, settings: Settings) -> FamilyModel:

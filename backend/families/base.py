@@ -106,6 +106,6 @@ class FamilyInfo:
 
 
 def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal numbers for one named latent of one seed, float32: independent per name, equal on every device."""
+    """Standard normal numbers for one named latent of one seed, float32: independent per name, equal everywhere."""
     key = [int(seed) & 0xFFFFFFFF, int(seed) >> 32, *name.encode()]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).standard_normal(shape, dtype=np.float32)
