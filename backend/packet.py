@@ -324,7 +324,7 @@ def corners(part: Part) -> tuple[Array, Array, Array]:
 def to_glb(asset: HumanAsset) -> bytes:
     """glTF 2.0 in one file: a mesh node per part, PBR material, embedded PNGs, a skin when there is a rig.
 
-    Tangents are left out on purpose: readers then make MikkTSpace ones, which the normal map was baked for.
+    Tangents are given, because the normal map depends on them and readers without MikkTSpace would guess.
     """
     glb = _Glb()
     roots: list[int] = []
@@ -390,9 +390,13 @@ class _Glb:
         vertex, uv, faces = corners(part)
         vertex_data, indices = 34962, 34963  # GL_ARRAY_BUFFER, GL_ELEMENT_ARRAY_BUFFER
         uvs = part.uvs[uv] * np.float32([1, -1]) + np.float32([0, 1])  # glTF counts from the top
+        normals = _unit(part.normals)[vertex]
         attributes = {
             "POSITION": self.accessor(part.vertices[vertex], "VEC3", vertex_data, bounds=True),
-            "NORMAL": self.accessor(_unit(part.normals)[vertex], "VEC3", vertex_data),
+            "NORMAL": self.accessor(normals, "VEC3", vertex_data),
+            "TANGENT": self.accessor(
+                _tangents(part.vertices[vertex], normals, part.uvs[uv], faces), "VEC4", vertex_data
+            ),
             "TEXCOORD_0": self.accessor(uvs.astype(np.float32), "VEC2", vertex_data),
         }
         if skinned:
@@ -425,6 +429,30 @@ def _unit(vectors: Array) -> Array:
     """Rows of length 1; a zero row (a vertex without area) points up."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.where(length > 0, vectors / np.maximum(length, 1e-20), np.float32([0, 1, 0])).astype(np.float32)
+
+
+def _tangents(vertices: Array, normals: Array, uvs: Array, faces: Array) -> Array:
+    """Per split vertex the direction of growing u, [S,4]; the fourth number is the side on which v grows.
+
+    As MikkTSpace (Mikkelsen 2008): per-face directions, weighted by the angle at the corner, then made perpendicular
+    to the normal.
+    """
+    edge, uv_edge = vertices[faces[:, [1, 2]]] - vertices[faces[:, :1]], uvs[faces[:, [1, 2]]] - uvs[faces[:, :1]]
+    sign = np.where(uv_edge[:, 0, 0] * uv_edge[:, 1, 1] - uv_edge[:, 0, 1] * uv_edge[:, 1, 0] < 0, -1.0, 1.0)
+    along = _unit((edge[:, 0] * uv_edge[:, 1, 1:] - edge[:, 1] * uv_edge[:, 0, 1:]) * sign[:, None])
+    side = np.zeros(len(vertices))
+    total = np.zeros((len(vertices), 3))
+    for corner in range(3):
+        a, b, c = (vertices[faces[:, (corner + k) % 3]] for k in range(3))
+        angle = np.arccos(np.clip((_unit(b - a) * _unit(c - a)).sum(1), -1, 1))
+        at = faces[:, corner]
+        side += np.bincount(at, angle * sign, len(vertices))
+        for axis in range(3):
+            total[:, axis] += np.bincount(at, angle * along[:, axis], len(vertices))
+    total -= normals * (normals * total).sum(1, keepdims=True)
+    flat = np.linalg.norm(total, axis=1) < 1e-6  # no direction of its own: any one perpendicular to the normal
+    total[flat] = np.cross(normals[flat], np.where(np.abs(normals[flat, :1]) < 0.9, [[1, 0, 0]], [[0, 1, 0]]))
+    return np.concatenate([_unit(total), np.where(side < 0, -1, 1)[:, None]], 1).astype(np.float32)
 
 
 def _gltf_skin(part: Part) -> tuple[Array, Array]:
