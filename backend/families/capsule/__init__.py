@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A person built of rounded cones: no weights, exact answers. The worked example of a family, and what tests run on."""
+
+from __future__ import annotations
+
+from backend.families.base import FamilyInfo
+
+INFO = FamilyInfo(
+    name="capsule",
+    title="Capsule person",
+    description="A striped manikin of rounded cones, for tests and for trying things out",
+    inputs=("seed",),
+    weights=None,
+    licence="GPL-3.0-or-later",
+    parameters={
+        "single": {
+            "type": "boolean",
+            "default": False,
+            "title": "Single capsule",
+            "description": "One upright capsule in place of the person; its volume and area have closed forms",
+        }
+    },
+)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The capsule person: a union of rounded cones whose signed distance, volume and colours are known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from backend.families.base import Latents, Rig, seeded_normal
+
+# One bone per line: name, parent, region, start, end, start and end radius, for a person 1.7 m tall; A-pose.
+# Lines whose name ends in ".L" (+X) are mirrored to ".R".
+_BONES = (
+    ("pelvis", None, "torso", (0.0, 0.92, 0.0), (0.0, 1.08, 0.0), 0.135, 0.125),
+    ("chest", "pelvis", "torso", (0.0, 1.08, 0.0), (0.0, 1.32, 0.0), 0.125, 0.130),
+    ("neck", "chest", "head", (0.0, 1.32, 0.0), (0.0, 1.50, 0.01), 0.060, 0.055),
+    ("head", "neck", "head", (0.0, 1.54, 0.02), (0.0, 1.60, 0.02), 0.085, 0.100),
+    ("upper_arm.L", "chest", "arm.L", (0.15, 1.36, 0.0), (0.36, 1.16, 0.0), 0.055, 0.044),
+    ("forearm.L", "upper_arm.L", "arm.L", (0.36, 1.16, 0.0), (0.53, 0.98, 0.03), 0.044, 0.033),
+    ("hand.L", "forearm.L", "arm.L", (0.53, 0.98, 0.03), (0.59, 0.89, 0.05), 0.038, 0.028),
+    ("thigh.L", "pelvis", "leg.L", (0.09, 0.88, 0.0), (0.10, 0.48, 0.01), 0.088, 0.060),
+    ("shin.L", "thigh.L", "leg.L", (0.10, 0.48, 0.01), (0.10, 0.09, -0.02), 0.060, 0.042),
+    ("foot.L", "shin.L", "leg.L", (0.10, 0.05, -0.02), (0.11, 0.04, 0.14), 0.050, 0.040),
+)
+REGIONS = ("head", "torso", "arm.L", "arm.R", "leg.L", "leg.R")
+SHAPE_CODES = 8  # height, girth, shoulders, arm and leg thickness, head size, leg length, belly
+STRIPE_M = 0.1  # height of one stripe
+_CHUNK = 1 << 15  # points at a time: what stays in the cache is several times faster
+
+
+class CapsuleModel:
+    """See `families.base.FamilyModel`."""
+
+    name = "capsule"
+    weights_sha256: str | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def sample(self, seed: int, truncation_psi: float, parameters: Mapping[str, Any]) -> Latents:
+        """`single/shape` [1, 2] for one capsule, `body/shape` [1, 8] for a person; `*/tex` [1, 6 regions x 2 x RGB]."""
+        part, width = ("single", 2) if parameters.get("single") else ("body", SHAPE_CODES)
+        codes = {f"{part}/shape": width, f"{part}/tex": len(REGIONS) * 6}
+        return Latents(
+            "capsule",
+            {
+                name: torch.from_numpy(truncation_psi * seeded_normal(seed, name, (1, size))).to(self.device)
+                for name, size in codes.items()
+            },
+        )
+
+    def decode(self, latents: Latents) -> Sequence[CapsuleField]:
+        """One field, "human"."""
+        single = "single/shape" in latents.codes
+        part = "single" if single else "body"
+        shape = latents.codes[f"{part}/shape"][0].double().cpu().numpy()
+        palette = torch.sigmoid(1.5 * latents.codes[f"{part}/tex"]).reshape(len(REGIONS), 2, 3)
+        if single:
+            length, radius = 1.2 * np.exp(0.1 * np.tanh(shape[0])), 0.25 * np.exp(0.2 * np.tanh(shape[1]))
+            ends = np.array([[[0, radius, 0], [0, radius + length, 0]]])
+            return [CapsuleField(ends, np.array([[radius, radius]]), np.zeros(1, np.int64), None, palette)]
+        return [_person(shape, palette)]
+
+
+class CapsuleField:
+    """A union of rounded cones. Its distance is exact outside and for a single cone; its sign is exact everywhere."""
+
+    name = "human"
+
+    def __init__(
+        self,
+        ends: Float[np.ndarray, "K 2 3"],
+        radii: Float[np.ndarray, "K 2"],
+        regions: Int[np.ndarray, " K"],
+        rig: Rig | None,
+        palette: Float[Tensor, "R 2 3"],
+    ) -> None:
+        device = palette.device
+        self.rig = rig
+        self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
+        self.radii = torch.tensor(radii, dtype=torch.float32, device=device)
+        self._regions = torch.tensor(regions, device=device)
+        self._palette = palette
+        reach = self.radii[..., None]
+        self.bounds = torch.stack([(self.ends - reach).amin((0, 1)), (self.ends + reach).amax((0, 1))])
+        self.bounds += torch.tensor([[-0.03], [0.03]], device=device)
+
+    def _distances(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N K"]:
+        """Signed distance to every cone. A rounded cone is the union of balls whose centre and radius move linearly;
+        |p - c(t)| - r(t) is convex in t, so its minimum over [0, l] is the free minimum, clamped."""
+        start, end, radii = self.ends[:, 0].to(points), self.ends[:, 1].to(points), self.radii.to(points)
+        length = (end - start).norm(dim=1)
+        slope = (radii[:, 0] - radii[:, 1]) / length
+        relative = points[:, None] - start
+        along = (relative * ((end - start) / length[:, None])).sum(-1)
+        across = ((relative**2).sum(-1) - along**2).clamp_min(1e-18).sqrt()
+        t = torch.minimum((along - across * slope / (1 - slope**2).sqrt()).clamp_min(0), length)
+        return ((along - t) ** 2 + across**2).sqrt() - radii[:, 0] + slope * t
+
+    def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        return torch.cat([self._distances(chunk).amin(1) for chunk in points.split(_CHUNK)])
+
+    def _nearest(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
+        return torch.cat([self._distances(chunk).argmin(1) for chunk in points.split(_CHUNK)])
+
+    def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
+        return self._regions[self._nearest(points)]
+
+    def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """Level stripes in two colours per region."""
+        stripe = torch.floor(points[:, 1] / STRIPE_M).long() % 2
+        return self._palette[self.region(points), stripe]
+
+    def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        return torch.zeros_like(points)
+
+    def skin(self, points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 4"], Float[Tensor, "N 4"]]:
+        """The four nearest bones, weights falling off over 2 cm."""
+        nearest = [(-self._distances(chunk) / 0.02).topk(4, dim=1) for chunk in points.split(_CHUNK)]
+        return torch.cat([n.indices for n in nearest]), torch.cat([n.values for n in nearest]).softmax(1)
+
+
+def _person(shape: Float[np.ndarray, " S"], palette: Float[Tensor, "R 2 3"]) -> CapsuleField:
+    """The shape codes scale the lines of `_BONES`: every code is squashed, so no seed gives a broken body."""
+    height, girth, shoulders, arm, leg, head, legs, belly = np.exp(np.tanh(shape) * (
+        0.08, 0.15, 0.10, 0.15, 0.15, 0.10, 0.05, 0.15))  # fmt: skip
+    thickness = {"torso": girth, "arm": girth * arm, "leg": girth * leg, "head": head}
+    names, parents, regions, ends, radii = [], [], [], [], []
+    for name, parent, region, start, end, r_start, r_end in _BONES:
+        ball = np.array([r_start, r_end]) * thickness[region.split(".")[0]] * (belly if name == "pelvis" else 1)
+        line = np.array([start, end])
+        if region.startswith("arm"):
+            line[:, 0] *= shoulders
+        line[:, 1] *= np.where(line[:, 1] < 0.92, legs, 1)
+        line[:, 1] += np.where(line[:, 1] < 0.92, 0, 0.92 * (legs - 1))
+        for side, flip in ((".L", 1), (".R", -1)) if name.endswith(".L") else (("", 1),):
+            names.append(name.replace(".L", side))
+            parents.append(None if parent is None else parent.replace(".L", side))
+            regions.append(REGIONS.index(region.replace(".L", side)))
+            ends.append(height * line * (flip, 1, 1))
+            radii.append(height * ball)
+    joints, balls = np.array(ends), np.array(radii)
+    joints[..., 1] -= (joints[..., 1] - balls).min()  # feet on the floor
+    lines = torch.tensor(joints, dtype=torch.float32, device=palette.device)
+    parent_ids = tuple(-1 if parent is None else names.index(parent) for parent in parents)
+    rig = Rig(tuple(names), parent_ids, lines[:, 0], lines[:, 1])
+    return CapsuleField(joints, balls, np.array(regions), rig, palette)
+
+
+def load(device: torch.device, weights: None = None) -> CapsuleModel:
+    return CapsuleModel(device)
