@@ -131,16 +131,19 @@ def _locate(vertices_clip: Float[Tensor, "B V 4"], faces: Int[Tensor, "F 3"], fa
     corners = faces.index_select(0, face_id.flatten().index_select(0, pixels))
     corners = corners + (image_of * vertices_clip.shape[1])[:, None]
     table = vertices_clip.reshape(-1, 4)
-    x, y, z, w = table.index_select(0, corners.flatten()).view(-1, 3, 4).double().unbind(-1)
+    seen = table.index_select(0, corners.t().flatten()).double().t().reshape(4, 3, -1)  # component, corner, pixel
+    x, y, z, w = seen.unbind(0)
     # Corners relative to the pixel's ray: then e_i is a 2D cross product, and precise where the pixel is.
-    u = x - w * (((pixels % width).double() + 0.5) * (2 / width) - 1)[:, None]
-    v = y - w * (1 - (row.double() + 0.5) * (2 / height))[:, None]
-    (ua, ub, uc), (va, vb, vc) = u.unbind(1), v.unbind(1)
-    edges = torch.stack([ub * vc - vb * uc, uc * va - vc * ua, ua * vb - va * ub], dim=1)
+    ua, ub, uc = x - w * (((pixels % width).double() + 0.5) * (2 / width) - 1)
+    va, vb, vc = y - w * (1 - (row.double() + 0.5) * (2 / height))
+    edges = (ub * vc - vb * uc, uc * va - vc * ua, ua * vb - va * ub)
     # Snapping lets a centre lie up to 1/512 pixel outside; on slivers that could be far away in the face's own measure.
-    weights = torch.clamp(edges / edges.sum(dim=1, keepdim=True), min=0)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    depth = (weights * z).sum(dim=1) / (weights * w).sum(dim=1)
+    edge_sum = edges[0] + edges[1] + edges[2]
+    a, b, c = (torch.clamp(edge / edge_sum, min=0) for edge in edges)
+    weight_sum = a + b + c
+    a, b, c = a / weight_sum, b / weight_sum, c / weight_sum
+    depth = (a * z[0] + b * z[1] + c * z[2]) / (a * w[0] + b * w[1] + c * w[2])
+    weights = torch.stack([a, b, c], dim=1)
     flat = raster.barycentrics.view(-1, 3).index_copy(0, pixels, weights.to(table.dtype))
     depths = raster.depth.view(-1).index_copy(0, pixels, depth.to(table.dtype))
     return Raster(face_id, flat.view(count, height, width, 3), depths.view(face_id.shape))
