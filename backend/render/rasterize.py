@@ -71,12 +71,10 @@ def rasterize(
     return _locate(vertices_clip, faces, face_id)
 
 
-def interpolate(
-    attributes: Float[Tensor, "*B V C"], raster: Raster, faces: Int[Tensor, "F 3"]
-) -> Float[Tensor, "B H W C"]:
-    """Attributes [V, C] or [B, V, C] at the visible points, 0 where nothing is seen. Differentiable with respect to
-    the attributes and, through the barycentrics, to the positions. `faces` may index other vertices than those that
-    were rasterised, as long as face i is still face i: UVs have their own index."""
+def sample(attributes: Float[Tensor, "*B V C"], raster: Raster, faces: Int[Tensor, "F 3"]) -> Float[Tensor, "N C"]:
+    """Attributes [V, C] or [B, V, C] at the visible points, one row for each of `raster.pixels`. Differentiable with
+    respect to the attributes and, through the barycentrics, to the positions. `faces` may index other vertices than
+    those that were rasterised, as long as face i is still face i: UVs have their own index."""
     pixels = raster.pixels
     corners = faces.long().index_select(0, raster.face_id.flatten().index_select(0, pixels))
     if attributes.ndim == 3:
@@ -85,17 +83,28 @@ def interpolate(
     weights = raster.barycentrics.reshape(-1, 3).index_select(0, pixels).to(attributes.dtype)
     table = attributes.reshape(-1, attributes.shape[-1])
     # a weighted sum of three rows of a table per pixel: one fused kernel, with gradients to rows and weights
-    found = functional.embedding_bag(corners, table, mode="sum", per_sample_weights=weights)
-    image = found.new_zeros(raster.face_id.numel(), found.shape[-1]).index_copy(0, pixels, found)
+    return functional.embedding_bag(corners, table, mode="sum", per_sample_weights=weights)
+
+
+def to_image(rows: Float[Tensor, "N C"], raster: Raster) -> Float[Tensor, "B H W C"]:
+    """Rows for `raster.pixels` put in their places, 0 where nothing is seen."""
+    image = rows.new_zeros(raster.face_id.numel(), rows.shape[-1]).index_copy(0, raster.pixels, rows)
     return image.view(*raster.face_id.shape, -1)
 
 
-def texture(uvs: Float[Tensor, "B H W 2"], image: Float[Tensor, "h w C"]) -> Float[Tensor, "B H W C"]:
+def interpolate(
+    attributes: Float[Tensor, "*B V C"], raster: Raster, faces: Int[Tensor, "F 3"]
+) -> Float[Tensor, "B H W C"]:
+    """`sample` as an image, 0 where nothing is seen."""
+    return to_image(sample(attributes, raster, faces), raster)
+
+
+def texture(uvs: Float[Tensor, "... 2"], image: Float[Tensor, "h w C"]) -> Float[Tensor, "... C"]:
     """Bilinear look-up. UV origin is bottom-left, the image has its top row first; edges are clamped."""
-    grid = torch.stack([uvs[..., 0] * 2 - 1, 1 - uvs[..., 1] * 2], dim=-1)
-    planes = image.permute(2, 0, 1)[None].expand(len(uvs), -1, -1, -1)
-    found = functional.grid_sample(planes, grid.to(image.dtype), padding_mode="border", align_corners=False)
-    return found.permute(0, 2, 3, 1)
+    grid = torch.stack([uvs[..., 0] * 2 - 1, 1 - uvs[..., 1] * 2], dim=-1).reshape(1, 1, -1, 2).to(image.dtype)
+    planes = image.permute(2, 0, 1)[None]
+    found = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
+    return found[0, :, 0].t().reshape(*uvs.shape[:-1], -1)
 
 
 def _best_backend(device: torch.device) -> Backend:
