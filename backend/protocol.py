@@ -16,7 +16,7 @@ MAX_QUEUED_JOBS = 1000
 ErrorCode = Literal[
     "unauthorized", "forbidden", "not_found", "method_not_allowed", "conflict", "too_large", "invalid_request",
     "unknown_family", "invalid_latents", "weights_missing", "weights_corrupt", "empty_surface", "out_of_memory",
-    "out_of_gpu_memory", "out_of_disk", "worker_crashed", "deadline_exceeded", "cancelled", "queue_full",
+    "no_gpu", "out_of_gpu_memory", "out_of_disk", "worker_crashed", "deadline_exceeded", "cancelled", "queue_full",
     "shutting_down", "protocol_mismatch", "internal_error",
 ]
 

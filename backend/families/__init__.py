@@ -64,12 +64,24 @@ def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
             raise PopulaceError("invalid_request", f"Parameter {key!r} is out of its range.", f"It must fit {limits}.")
 
 
+def resolve_device(device: str) -> str:
+    """"auto" becomes "cuda" where there is one, else "cpu". Raises `no_gpu` when "cuda" is asked for in vain."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PopulaceError("no_gpu", "PyTorch finds no CUDA device on this machine.", "Use --device cpu.")
+    return device
+
+
 def load(name: str, device: str, settings: Settings) -> FamilyModel:
-    """The family's model on `device`, its weights verified first. Raises `unknown_family` and `weights_*`."""
+    """The family's model on `device`, weights verified first. Raises `unknown_family`, `no_gpu`, `weights_*`."""
     family = info(name)
     import torch
 
     from backend import weights
 
+    device = resolve_device(device)
     checked = weights.locate(family.weights, settings.data_dir) if family.weights else None
     return importlib.import_module(f"{__name__}.{name}.model").load(torch.device(device), checked)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`populace demo`: three people through the whole road, as a user of Blender would have them.
+
+The backend is started by the add-on's own code and spoken to over its real socket; the add-on inserts the people into a
+headless Blender. No torch in this process. This is the one module of the backend that uses the add-on's.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backend import __version__, packet, studio
+from backend.progress import Progress
+from backend.protocol import PopulaceError
+from blender_addon import process
+from blender_addon.client import Client
+from blender_addon.messages import BackendError, Request, Status
+from blender_addon.packet import Human
+
+PEOPLE = 3
+PICTURE_SIZE = (1280, 720)
+_MADE = 0.6  # share of making the people in the whole, the rest is Blender and rendering
+
+
+def run(out: Path, seed: int, family: str) -> None:
+    """Write people.blend, people.png, people/*.glb and report.json into `out`. Raises `PopulaceError`."""
+    begin = time.perf_counter()
+    (out / "people").mkdir(parents=True, exist_ok=True)
+    with Progress(plain=True) as progress:
+        progress.show("starting Blender", 0)
+        bpy = studio.start()
+        requests = [Request(seed=seed + i, family=family) for i in range(PEOPLE)]
+        people = _make(requests, out, progress)
+        seconds, objects = {"people": time.perf_counter() - begin}, []
+        progress.show("inserting into the scene", _MADE)
+        for i, (human, facts) in enumerate(people):
+            facts["insert_s"], found = studio.insert(bpy, human, i, len(people))
+            objects += found
+        studio.light(bpy, max(human.height_m for human, _ in people))
+        progress.show("rendering", _MADE + 0.05)
+        start = time.perf_counter()
+        studio.photograph(bpy, objects, out / "people.png", PICTURE_SIZE,
+                          lambda f: progress.show("rendering", _MADE + 0.05 + (0.95 - _MADE) * f))  # fmt: skip
+        seconds["render"] = time.perf_counter() - start
+        studio.save(bpy, out / "people.blend")
+    seconds["total"] = time.perf_counter() - begin
+    report = {
+        "people": [facts for _, facts in people],
+        "seconds": {name: round(s, 3) for name, s in seconds.items()},
+        "versions": {"populace": __version__, "python": platform.python_version(), "blender": bpy.app.version_string,
+                     "platform": platform.platform()},
+    }  # fmt: skip
+    packet.write_file(out / "report.json", json.dumps(report, indent=2).encode())
+    print(f"{len(people)} people in {seconds['total']:.0f} s: {out / 'people.png'}, {out / 'people.blend'}")
+
+
+def _make(requests: Sequence[Request], out: Path, progress: Progress) -> list[tuple[Human, dict[str, Any]]]:
+    """Every person with the facts for the report; GLBs written as the backend sends them."""
+    people: list[tuple[Human, dict[str, Any]]] = []
+    job = ""
+
+    def heard(status: Status) -> None:
+        nonlocal job
+        job = status.id
+        done = len(people) + (status.fraction if status.state == "running" else status.state == "done")
+        progress.show(f"person {len(people) + 1} of {PEOPLE}: {status.stage or status.state}", _MADE * done / PEOPLE)
+
+    progress.show("starting the backend", 0.02)
+    try:
+        for request, human in zip(requests, Client(sys.executable, heard).generate_all(requests)):
+            facts = {"seed": request.seed, "family": request.family, "height_m": human.height_m,
+                     "parts": human.asset["parts"], "stats": json.loads(_get(f"/v1/jobs/{job}/stats"))}  # fmt: skip
+            path = out / "people" / f"person_{request.seed:06d}.glb"
+            packet.write_file(path, _get(f"/v1/jobs/{job}/result?format=glb"))
+            people.append((human, facts | {"glb": f"people/{path.name}"}))
+    except BackendError as error:
+        code: Any = error.code if error.code in ("weights_missing", "weights_corrupt", "out_of_disk", "unknown_family",
+                                                 "no_gpu", "out_of_gpu_memory") else "internal_error"  # fmt: skip
+        raise PopulaceError(code, error.message, error.hint) from None
+    return people
+
+
+def _get(path: str) -> bytes:
+    """One more question to the running backend, over the same socket."""
+    address = process.find_running()
+    if address is None:
+        raise PopulaceError("worker_crashed", "The backend has gone in mid-demo.", "Run it again.")
+    connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=60)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {address.token}"})
+        reply = connection.getresponse()
+        body = reply.read()
+    finally:
+        connection.close()
+    if reply.status != 200:
+        raise PopulaceError("internal_error", f"The backend answered {reply.status} to {path.partition('?')[0]}.")
+    return body
