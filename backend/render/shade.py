@@ -25,11 +25,11 @@ GREY = 0.7  # sRGB, of meshes without colour
 
 # direction to the light in camera space (x right, y up, z to the viewer), linear colour times strength
 LIGHTS = (
-    ((-0.45, 0.55, 0.70), (0.82, 0.79, 0.75)),  # key
-    ((0.75, 0.10, 0.65), (0.20, 0.22, 0.24)),  # fill
+    ((-0.55, 0.60, 0.58), (0.96, 0.92, 0.87)),  # key
+    ((0.75, 0.10, 0.65), (0.13, 0.15, 0.17)),  # fill
     ((0.35, 0.60, -0.72), (0.44, 0.45, 0.47)),  # rim, from behind
 )
-SKY, GROUND = (0.38, 0.39, 0.41), (0.20, 0.19, 0.18)
+SKY, GROUND = (0.30, 0.31, 0.33), (0.13, 0.12, 0.11)
 
 VIEWS = {"front": 0.0, "three_quarter": 35.0, "side": 90.0, "back": 180.0}  # azimuths in degrees
 
@@ -165,7 +165,7 @@ def render_sheet(
     """A contact sheet, one row of views per person; `PIL.Image.fromarray(sheet).save(path)` writes it.
 
     A person is (vertices [V, 3], faces [F, 3], sRGB colours [V, 3] or `Maps` or None). Views: those of `VIEWS`, all at
-    the same scale, 2.2 m to the tile with the feet near its lower edge, so that sizes compare; and `face`, the top
+    the same scale, 2.1 m to the tile with the feet near its lower edge, so that sizes compare; and `face`, the top
     0.3 m turned a little. `output` is a key of `render_mesh`'s result.
     """
     width = height * 9 // 16
@@ -185,8 +185,8 @@ def render_sheet(
 
 
 def _body_camera(view: str, aspect: float) -> Camera:
-    bounds = torch.tensor([[-0.35, -0.06, -0.35], [0.35, 2.04, 0.35]])
-    return orbit(bounds, [math.radians(VIEWS[view])], math.radians(3), fov_y=math.radians(20), aspect=aspect)
+    bounds = torch.tensor([[-0.4, -0.02, -0.4], [0.4, 1.96, 0.4]])
+    return orbit(bounds, [math.radians(VIEWS[view])], math.radians(2), math.radians(12), aspect, margin=1.0)
 
 
 def _face_camera(vertices: Float[Tensor, "V 3"], aspect: float) -> Camera:
@@ -195,4 +195,4 @@ def _face_camera(vertices: Float[Tensor, "V 3"], aspect: float) -> Camera:
     middle = (head.amin(dim=0) + head.amax(dim=0)) / 2
     middle[1] = top - 0.14
     half = middle.new_tensor([0.09, 0.17, 0.09])
-    return orbit(torch.stack([middle - half, middle + half]), [math.radians(15)], fov_y=math.radians(20), aspect=aspect)
+    return orbit(torch.stack([middle - half, middle + half]), [math.radians(15)], 0.0, math.radians(15), aspect)
