@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Populace: people from a seed, standing in the scene.
+
+The add-on talks to the generator, a program of its own with its own Python, over loopback. Modules that do not touch
+bpy (`messages`, `packet`, `api`, `process`, `session`, `client`) can be used without Blender; those that do are only
+imported when Blender calls `register`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def _modules() -> tuple[ModuleType, ...]:
+    """In the order of registration; each has a register() and an unregister()."""
+    from . import command_line, operators, panel, preferences, properties, tasks
+
+    return preferences, properties, operators, panel, tasks, command_line
+
+
+def register() -> None:
+    for module in _modules():
+        module.register()
+
+
+def unregister() -> None:
+    for module in reversed(_modules()):
+        module.unregister()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The bridge between Blender and asyncio: one persistent timer pumps the session's loop, a few milliseconds at a time.
+
+No threads. `pump` is all that the timer does, and tests call it where timers never fire. Volatile state (connection,
+jobs) lives here in plain Python; it survives undo and loading files, since it holds no reference into Blender's data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import selectors
+import time
+from typing import Any, Final
+
+import bpy
+from bpy.app.handlers import persistent
+
+from . import compat, preferences
+from .messages import BackendError, Request
+from .scene import Batch
+from .session import Job, Link, Session
+
+log = logging.getLogger(__name__)
+
+TICK_BUDGET_S: Final = 0.010
+BUSY_INTERVAL_S: Final = 0.02
+ACTIVE_INTERVAL_S: Final = 0.1
+IDLE_INTERVAL_S: Final = 0.5
+MODAL_PATIENCE_S: Final = 10.0
+_QUIET_ROUNDS: Final = 3
+
+
+class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """Knows whether the last look at the sockets found something, so that a tick ends when nothing is left to do."""
+
+    was_quiet = True
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        found = super().select(timeout)
+        self.was_quiet = not found
+        return found
+
+
+class _Bridge:
+    """The loop and the session of this Blender; made when first needed."""
+
+    def __init__(self) -> None:
+        self.selector = _Selector()
+        self.loop = asyncio.SelectorEventLoop(self.selector)
+        self.session = Session(self.loop, preferences.python)
+        self.drawn = -1  # the session's revision that the panels show
+        self.hold = ""  # why results wait to be inserted
+        self.modal_since = 0.0
+
+    def run_loop(self, budget_s: float) -> None:
+        """Run what is ready, until the budget is spent or nothing happens any more."""
+        end, quiet = time.perf_counter() + budget_s, 0
+        while quiet < _QUIET_ROUNDS and time.perf_counter() < end:
+            self.loop.call_soon(self.loop.stop)
+            self.loop.run_forever()
+            quiet = quiet + 1 if self.selector.was_quiet else 0
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.session.close())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+
+
+_bridge: _Bridge | None = None
+
+
+def session() -> Session | None:
+    """The session as it is, for reading: None until something was asked of the backend."""
+    return _bridge.session if _bridge is not None else None
+
+
+def hold() -> str:
+    """Why finished people are not inserted yet, "" if nothing waits."""
+    return _bridge.hold if _bridge is not None else ""
+
+
+def working_session() -> Session:
+    """The session, made if needed, with the timer running: for whoever is about to ask something of it."""
+    global _bridge
+    if _bridge is None:
+        _bridge = _Bridge()
+    if not bpy.app.background and not bpy.app.timers.is_registered(_tick):
+        bpy.app.timers.register(_tick, first_interval=0.0, persistent=True)
+    return _bridge.session
+
+
+def submit(requests: list[Request], batch: Batch) -> None:
+    working = working_session()
+    for index, request in enumerate(requests):
+        working.submit(Job(request, tag=(batch, index)))
+
+
+def pump(budget_s: float = TICK_BUDGET_S) -> None:
+    """One tick: let the loop run for a while, insert at most one person, redraw the panels if rows changed."""
+    if _bridge is None:
+        return
+    _bridge.run_loop(budget_s)
+    arrived = _bridge.session.arrived
+    why = _reason_to_wait() if arrived else ""
+    if why != _bridge.hold:
+        _bridge.hold = why
+        _bridge.session.touch()
+    if arrived and not why:
+        _insert(_bridge.session, arrived[0])
+    if _bridge.drawn != _bridge.session.revision:
+        _bridge.drawn = _bridge.session.revision
+        _redraw()
+
+
+def _tick() -> float | None:
+    """Blender's timer. Never raises, since that would end it."""
+    try:
+        pump()
+    except Exception:
+        log.exception("tick")
+    if _bridge is None:
+        return None
+    state = _bridge.session
+    if state.link in (Link.STARTING, Link.STOPPING) or any(job.is_fetching for job in state.jobs.values()):
+        return BUSY_INTERVAL_S
+    if state.arrived and not _bridge.hold:
+        return BUSY_INTERVAL_S
+    if state.open_jobs and state.link is Link.READY:
+        return ACTIVE_INTERVAL_S
+    return IDLE_INTERVAL_S if state.link is Link.READY or state.arrived else None
+
+
+def _insert(working: Session, job: Job) -> None:
+    """By operator, so that it is one named undo step."""
+    try:
+        with _window_override():
+            bpy.ops.populace.insert_result("EXEC_DEFAULT", True, job_id=job.id)
+    except Exception as error:  # a failing operator raises RuntimeError with its report
+        log.warning("insert %s: %s", job.id, error)
+        job.fail(BackendError("insert_failed", "The person could not be put into the scene.", str(error).strip()[:300]))
+    job.taken, job.human = True, None
+    working.touch()
+
+
+def _reason_to_wait() -> str:
+    """Inserting in the middle of something would break it, or break undo."""
+    assert _bridge is not None
+    if bpy.app.background:
+        return ""
+    windows = bpy.context.window_manager.windows
+    for window in windows:
+        active = window.view_layer.objects.active
+        if active is not None and active.mode != "OBJECT":
+            return "Leave " + active.mode.replace("_", " ").title() + " Mode to insert"
+    if bpy.app.is_job_running("RENDER"):
+        return "Inserted after the render"
+    busy = next(filter(None, map(compat.modal_operator, windows)), "")
+    if not busy:
+        _bridge.modal_since = 0.0
+        return ""
+    _bridge.modal_since = _bridge.modal_since or time.monotonic()  # some add-ons run a modal operator for ever
+    return f"Inserted after {busy}" if time.monotonic() - _bridge.modal_since < MODAL_PATIENCE_S else ""
+
+
+def _window_override() -> Any:
+    """Timers have no window; operators and undo want one."""
+    windows = bpy.context.window_manager.windows
+    return bpy.context.temp_override(window=windows[0]) if len(windows) else bpy.context.temp_override()
+
+
+def _redraw() -> None:
+    for window in bpy.context.window_manager.windows:
+        for area in window.screen.areas:
+            if area.type == "VIEW_3D":
+                for region in area.regions:
+                    if region.type == "UI":
+                        region.tag_redraw()
+
+
+@persistent
+def _file_loaded(*_: Any) -> None:
+    """Jobs go on; what they make goes into the file that is open then, and their row says so."""
+    if _bridge is None:
+        return
+    for job in _bridge.session.jobs.values():
+        if job.is_open or (job.human is not None and not job.taken):
+            job.note = "Goes into the file opened since"
+    _bridge.session.touch()
+    working_session()  # loading a file must never leave us without the timer
+
+
+def register() -> None:
+    bpy.app.handlers.load_post.append(_file_loaded)
+
+
+def unregister() -> None:
+    """Lets go of the backend; it ends a few seconds later if no other Blender holds it."""
+    global _bridge
+    if _file_loaded in bpy.app.handlers.load_post:
+        bpy.app.handlers.load_post.remove(_file_loaded)
+    if bpy.app.timers.is_registered(_tick):
+        bpy.app.timers.unregister(_tick)
+    if _bridge is not None:
+        _bridge.close()
+        _bridge = None
