@@ -53,9 +53,9 @@ def generate(
     fine = []
     for field in fields:
         with clock.stage("surface"):
-            raw = extract_surface(field, request.grid_resolution, clock.step)
+            raw = _surface(field, request, clock.step)
         with clock.stage("clean"):
-            fine.append(_not_empty(clean(raw), request))
+            fine.append(clean(raw))
     total = sum(len(mesh.faces) for mesh in fine)
     made = []
     for field, mesh in zip(fields, fine):
@@ -95,12 +95,13 @@ def choose_latents(request: GenerateRequest, model: FamilyModel) -> Latents:
     return Latents(latents.family, codes)
 
 
-def _not_empty(mesh: TriMesh, request: GenerateRequest) -> TriMesh:
-    if len(mesh.faces) == 0:
-        raise PopulaceError(
-            "empty_surface", f"Seed {request.seed} of {request.family!r} gave no surface.", "Try another seed."
-        )
-    return mesh
+def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh:
+    try:
+        return extract_surface(field, request.grid_resolution, step)
+    except PopulaceError as error:
+        if error.code != "empty_surface":
+            raise
+        raise PopulaceError("empty_surface", f"Seed {request.seed}: {error.message}", error.hint) from None
 
 
 def _assemble(
@@ -175,6 +176,7 @@ class _Clock:
         self.parts = 1
         self.seconds: dict[str, float] = {}
         self.peak_rss_mib: dict[str, float] = {}
+        self.peak_gpu_mib: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
     @contextmanager
@@ -184,8 +186,14 @@ class _Clock:
         self._share = STAGES[name] / (1 if name in ("sample", "decode", "encode") else self.parts)
         self.step(name, 0.0)
         _reset_peak_rss()
+        if on_gpu := torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         yield
+        if on_gpu:
+            torch.cuda.synchronize()
+            mib = torch.cuda.max_memory_allocated() / 2**20
+            self.peak_gpu_mib[name] = round(max(self.peak_gpu_mib.get(name, 0.0), mib), 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         self.peak_rss_mib[name] = max(self.peak_rss_mib.get(name, 0.0), _peak_rss_mib())
         self._done += self._share
@@ -200,6 +208,7 @@ class _Clock:
             "seconds": {name: round(s, 4) for name, s in self.seconds.items()} | {
                 "total": round(sum(self.seconds.values()), 4)},
             "peak_rss_mib": {name: round(mib, 1) for name, mib in self.peak_rss_mib.items()},
+            "peak_gpu_mib": self.peak_gpu_mib,
             "counts": self.counts,
         }  # fmt: skip
 

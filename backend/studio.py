@@ -144,7 +144,7 @@ def photograph(
     scene.render.filepath = str(path.resolve())
     scene.view_settings.look = "AgX - Medium High Contrast"
 
-    def heard(_: Any, text: Any) -> None:
+    def heard(text: Any, _: Any) -> None:
         if sample := re.search(r"Sample (\d+)/", str(text)):
             report(int(sample[1]) / samples)
 

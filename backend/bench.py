@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`populace bench`: what a person costs, stage by stage, and what the fast parts save against the plain ones.
+
+Every figure is a median of `repeat` warm runs, except those of the slow twins, which run once. Fast and slow are timed in
+the same run, on the same field and mesh, so that their ratio means something on a machine that does other things too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backend import __version__, families, packet, pipeline
+from backend.families.base import FamilyModel, HumanField, Latents
+from backend.geometry import reference
+from backend.geometry.clean import clean
+from backend.geometry.simplify import simplify
+from backend.geometry.tetgrid import extract_surface
+from backend.geometry.unwrap import unwrap
+from backend.progress import Progress
+from backend.protocol import GenerateRequest
+from backend.settings import Settings
+
+GROWTH = (128, 256, 512)
+RATIO_GRID = 256
+RATIO_FACES = 30000
+
+
+def run(request: GenerateRequest, device: str, repeat: int, quick: bool) -> dict[str, Any]:
+    """The whole report. `quick` leaves out growth and ratios, which take minutes."""
+    with Progress(plain=True) as progress:
+        progress.show("loading the model", 0)
+        begin = time.perf_counter()
+        model = families.load(request.family, device, Settings.load())
+        report: dict[str, Any] = {"machine": _machine(model.device), "request": request.model_dump(mode="json"),
+                                  "repeat": repeat, "load_s": round(time.perf_counter() - begin, 3)}  # fmt: skip
+        progress.show("warming up", 0.05)
+        pipeline.generate(request, model)
+        progress.show("one person", 0.1)
+        report["person"] = _person(request, model, repeat)
+        progress.show("the server", 0.3)
+        report["server_ready_s"] = _server_ready(repeat)
+        if find_spec("bpy"):
+            progress.show("insertion into Blender", 0.35)
+            report["insert_s"] = _insert(request, model, repeat)
+        if not quick:
+            progress.show("growth with the grid", 0.4)
+            report["growth"] = [_growth(request, model, n, repeat) for n in GROWTH]
+            progress.show("ratios to the plain ways", 0.7)
+            report["ratios"] = _ratios(request, model, repeat)
+        progress.show("done", 1)
+    return report
+
+
+def _person(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[str, Any]:
+    """Medians over different seeds; peak memory is the highest of all runs."""
+    runs, packets, sizes = [], [], []
+    for i in range(repeat):
+        asset, stats = pipeline.generate(request.model_copy(update={"seed": request.seed + i}), model)
+        begin = time.perf_counter()
+        sizes.append(len(packet.dumps(asset)))
+        packets.append(time.perf_counter() - begin)
+        runs.append(stats)
+    seconds = {stage: _median([r["seconds"][stage] for r in runs]) for stage in runs[0]["seconds"]}
+    seconds = {**{stage: s for stage, s in seconds.items() if stage != "total"}, "packet": _median(packets)}
+    totals = [r["seconds"]["total"] + p for r, p in zip(runs, packets)]
+    return {
+        "seconds": {**seconds, "seed to packet": _median(totals)},
+        "peak_rss_mib": {stage: max(r["peak_rss_mib"][stage] for r in runs) for stage in runs[0]["peak_rss_mib"]},
+        "peak_gpu_mib": {stage: max(r["peak_gpu_mib"][stage] for r in runs) for stage in runs[0]["peak_gpu_mib"]},
+        "faces": _median([r["counts"]["faces"] for r in runs]),
+        "packet_mb": round(_median(sizes) / 1e6, 2),
+    }
+
+
+def _growth(request: GenerateRequest, model: FamilyModel, grid: int, repeat: int) -> dict[str, Any]:
+    """Seconds per stage and field evaluations at one grid resolution, everything else equal."""
+    counted = _CountedModel(model)
+    request = request.model_copy(update={"grid_resolution": grid})
+    runs = [pipeline.generate(request, counted)[1] for _ in range(min(repeat, 3))]
+    return {
+        "grid_resolution": grid,
+        "sdf_evaluations": counted.evaluations // len(runs),
+        "fine_faces": runs[0]["counts"]["fine_faces"],
+        "seconds": {stage: _median([r["seconds"][stage] for r in runs]) for stage in runs[0]["seconds"]},
+        "peak_rss_mib": max(max(r["peak_rss_mib"].values()) for r in runs),
+    }
+
+
+@torch.no_grad()
+def _ratios(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[str, Any]:
+    """Marching the dense grid against the hierarchical way; xatlas with default options against the atlas."""
+    field = model.decode(model.sample(request.seed, request.truncation_psi, request.parameters))[0]
+    fast = _timed(lambda: extract_surface(field, RATIO_GRID), repeat)
+    dense = _timed(lambda: reference.extract_dense(field, RATIO_GRID), 1)
+    found = {"surface": {"grid_resolution": RATIO_GRID, "hierarchical_s": fast, "dense_s": dense,
+                         "ratio": round(dense / fast, 1)}}  # fmt: skip
+    if find_spec("xatlas"):
+        mesh = simplify(clean(extract_surface(field, RATIO_GRID)), RATIO_FACES)
+        region = field.region(mesh.points)
+        atlas = _timed(lambda: unwrap(mesh, region, request.texture_size), repeat)
+        slow = _timed(lambda: reference.unwrap_by_xatlas(mesh), 1)
+        found["unwrap"] = {"faces": len(mesh.faces), "atlas_s": atlas, "xatlas_default_s": slow,
+                           "ratio": round(slow / atlas, 1)}  # fmt: skip
+    return found
+
+
+class _CountedModel:
+    """A model whose fields count how many points `sdf` is asked for."""
+
+    def __init__(self, model: FamilyModel) -> None:
+        self._model = model
+        self.name, self.device, self.weights_sha256 = model.name, model.device, model.weights_sha256
+        self.sample = model.sample
+        self.evaluations = 0
+
+    def decode(self, latents: Latents) -> Sequence[HumanField]:
+        return [self._counted(field) for field in self._model.decode(latents)]
+
+    def _counted(self, field: Any) -> HumanField:
+        ask = field.sdf
+
+        def sdf(points: torch.Tensor) -> torch.Tensor:
+            self.evaluations += len(points)
+            return ask(points)
+
+        field.sdf = sdf
+        return field
+
+
+def _server_ready(repeat: int) -> float:
+    """Seconds from starting the process to its ready line."""
+    times = []
+    for _ in range(min(repeat, 3)):
+        with tempfile.TemporaryDirectory() as home:
+            command = [sys.executable, "-m", "backend", "serve", "--json", "--stay"]
+            begin = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       env=os.environ | {"POPULACE_HOME": home})  # fmt: skip
+            assert process.stdout is not None
+            json.loads(process.stdout.readline())
+            times.append(time.perf_counter() - begin)
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+    return _median(times)
+
+
+def _insert(request: GenerateRequest, model: FamilyModel, repeat: int) -> float:
+    """Seconds of the add-on's insertion, in a process of its own as in life."""
+    data = packet.dumps(pipeline.generate(request, model)[0])
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_insert_times, data, repeat).result()
+
+
+def _insert_times(data: bytes, repeat: int) -> float:
+    from backend import studio
+    from blender_addon.packet import read
+
+    bpy = studio.start()
+    human = read(data)
+    times = [studio.insert(bpy, human, i, repeat + 1)[0] for i in range(repeat + 1)]
+    return _median(times[1:])  # the first also loads Blender's own modules
+
+
+def _timed(work: Callable[[], object], repeat: int) -> float:
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return _median(times)
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"populace": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+            "device": str(device), "gpu": gpu, "load_before": load}  # fmt: skip
+
+
+def as_text(report: dict[str, Any]) -> str:
+    machine, person = report["machine"], report["person"]
+    lines = [
+        f"{machine['platform']}, {machine['cpus']} CPUs, {machine['threads']} threads, device {machine['device']}, "
+        f"load {machine['load_before']}",
+        f"{report['request']['family']}, {report['request']['grid_resolution']} along the height, "
+        f"{report['request']['faces']} faces, {report['request']['texture_size']} px; median of {report['repeat']}",
+        "", f"{'stage':<16}{'seconds':>9}{'peak MiB':>10}",
+    ]  # fmt: skip
+    for stage, seconds in person["seconds"].items():
+        peak = person["peak_rss_mib"].get(stage)
+        lines.append(f"{stage:<16}{seconds:>9.3f}" + (f"{peak:>10.0f}" if peak else ""))
+    lines += ["", f"server ready     {report['server_ready_s']:.2f} s"]
+    if "insert_s" in report:
+        lines.append(f"into Blender     {1000 * report['insert_s']:.0f} ms")
+    if "growth" in report:
+        lines += ["", f"{'grid':>5}{'evaluations':>13}{'triangles':>11}{'surface s':>11}{'total s':>9}{'MiB':>7}"]
+        for row in report["growth"]:
+            lines.append(f"{row['grid_resolution']:>5}{row['sdf_evaluations']:>13,}{row['fine_faces']:>11,}"
+                         f"{row['seconds']['surface']:>11.3f}{row['seconds']['total']:>9.3f}"
+                         f"{row['peak_rss_mib']:>7.0f}")  # fmt: skip
+    for name, row in report.get("ratios", {}).items():
+        fast, slow = list(row.items())[1:3]
+        lines.append(f"{name}: {slow[0][:-2]} {slow[1]:.2f} s, {fast[0][:-2]} {fast[1]:.3f} s: {row['ratio']}x")
+    return "\n".join(lines)
