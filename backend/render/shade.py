@@ -17,6 +17,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from backend.geometry.mesh import vertex_normals
+
 from .camera import Camera, orbit, to_clip
 from .rasterize import rasterize, sample, texture, to_image
 
@@ -42,15 +44,6 @@ class Maps:
     face_uvs_idx: Int[Tensor, "F 3"]
     base_color: Float[Tensor, "h w 3"]  # sRGB 0..1
     normal: Float[Tensor, "h w 3"] | None = None  # tangent space, OpenGL (+Y up), 0..1 for -1..1
-
-
-def vertex_normals(vertices: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"]) -> Float[Tensor, "V 3"]:
-    """Unit normals, mean of the adjacent faces weighted by area; zero where a vertex has no face."""
-    faces = faces.long()
-    a, b, c = vertices[faces].unbind(1)
-    face_normals = torch.linalg.cross(b - a, c - a)
-    sums = torch.zeros_like(vertices).index_add(0, faces.flatten(), face_normals.repeat_interleave(3, dim=0))
-    return functional.normalize(sums, dim=-1)
 
 
 def to_linear(srgb: Tensor) -> Tensor:
