@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """`populace bench`: what a person costs, stage by stage, and what the fast parts save against the plain ones.
 
-Every figure is a median of `repeat` warm runs, except those of the slow twins, which run once. Fast and slow are timed in
-the same run, on the same field and mesh, so that their ratio means something on a machine that does other things too.
+Every figure is a median of `repeat` warm runs, except those of the slow twins, which run once. Fast and slow are timed
+in one run, on the same field and mesh, so that their ratio means something on a machine that does other things too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
