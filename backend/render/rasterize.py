@@ -6,10 +6,11 @@ integers; both sides of a face are seen; faces are clipped at the near plane and
 Coverage is exact: of faces that share an edge exactly one owns each pixel centre, no cracks and no double hits.
 
 A backend only decides visibility: "numba" on the CPU and its reference twin "torch" on any device (see
-`visibility`; they agree bit for bit), "nvdiffrast" on CUDA when installed (it snaps corners to a coarser grid, so
-pixels at edges may differ). Barycentrics, depth and gradients are computed here from the visible faces, in homogeneous
-coordinates (Olano and Greer 1997: e_i / sum e, with e_i the edge function opposite to corner i in (x, y, w), is the
-perspective-correct barycentric, also for faces that reach behind the camera), so they are the same everywhere.
+`visibility`; they agree bit for bit), "nvdiffrast" on CUDA when 0.3.3 or later is installed (older ones take only some
+resolutions; it snaps corners to a coarser grid, so pixels at edges may differ). Barycentrics, depth and gradients are
+computed here from the visible faces, in homogeneous coordinates (Olano and Greer 1997: e_i / sum e, with e_i the edge
+function opposite to corner i in (x, y, w), is the perspective-correct barycentric, also for faces that reach behind
+the camera), so they are the same everywhere.
 The visible faces have no gradient; `silhouette.antialias` gives one to the outlines.
 """
 
@@ -108,9 +109,9 @@ def texture(uvs: Float[Tensor, "... 2"], image: Float[Tensor, "h w C"]) -> Float
 
 
 def _best_backend(device: torch.device) -> Backend:
-    if device.type == "cuda":
-        return "nvdiffrast" if importlib.util.find_spec("nvdiffrast") else "torch"
-    return "numba" if device.type == "cpu" else "torch"
+    if device.type != "cuda":
+        return "numba"
+    return "nvdiffrast" if importlib.util.find_spec("nvdiffrast") else "torch"
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def render_sheet(
     the same scale, 2.1 m to the tile with the feet near its lower edge, so that sizes compare; and `face`, the top
     0.3 m turned a little. `output` is a key of `render_mesh`'s result.
     """
-    width = height * 9 // 16
+    width = height * 2 // 3
     rows = []
     for vertices, faces, look in people:
         vertices, faces = torch.as_tensor(vertices).float(), torch.as_tensor(faces)

@@ -424,10 +424,10 @@ def test_sheet_shows_each_person_in_every_view():
     body = vertices.numpy() * [0.25, 0.85, 0.2] + [0, 0.85, 0]
     red = np.tile([0.8, 0.1, 0.1], (len(body), 1))
     sheet = render_sheet([(body, faces, red), (body, faces, None)], height=96, supersample=1)
-    assert sheet.shape == (2 * 96, 3 * 54, 3)
+    assert sheet.shape == (2 * 96, 3 * 64, 3)
     assert sheet.dtype == np.uint8
     background = np.round(np.array(BACKGROUND) * 255).astype(int)
-    tiles = sheet.reshape(2, 96, 3, 54, 3).transpose(0, 2, 1, 3, 4).astype(int)
+    tiles = sheet.reshape(2, 96, 3, 64, 3).transpose(0, 2, 1, 3, 4).astype(int)
     shown = (np.abs(tiles - background) > 2).any(axis=-1).mean(axis=(2, 3))
     assert (shown > 0.15).all()
     assert (shown < 0.9).all()
