@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Supervision for the `people` family, made from a MakeHuman folder, in its canonical space.
+
+All persons share one canonical rest body (the mean of the sampled bodies). A person's own shape is a displacement of
+that body, so garments, hair and skin need to be seen only once, on the mean: everything here is expressed in the
+canonical space, in metres, Y up, facing +Z, barefoot floor at y = 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from backend.training.makehuman import BODY, Kit, Proxy, read_material, read_proxy
+
+log = logging.getLogger(__name__)
+
+DM = 0.1  # metres per MakeHuman unit
+TRUNCATION = 0.03  # metres: targets beyond this only have to be beyond this
+CONTROL_HELPERS = ("helper-skirt", "helper-hair")  # helpers that carry the deformation away from the skin
+
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """Sampled rest bodies [B, 19158, 3] in metres with their attributes [B]."""
+
+    vertices: np.ndarray
+    attributes: dict[str, np.ndarray]
+
+
+def sample_bodies(kit: Kit, count: int, seed: int) -> Bodies:
+    """Adults with plausible, independent sliders. Detail noise follows the kit's notes: larger looks deformed."""
+    rng = np.random.default_rng(seed)
+    gender = np.where(rng.random(count) < 0.5, rng.beta(1.5, 9, count), rng.beta(9, 1.5, count))
+    age = 0.5 + 0.5 * rng.beta(1.0, 1.6, count)
+    races = rng.dirichlet((0.5, 0.5, 0.5), count)
+    sliders = {
+        "gender": gender,
+        "age": age,
+        "muscle": np.clip(rng.normal(0.5 + 0.15 * (gender - 0.5), 0.17, count), 0.05, 0.95),
+        "weight": np.clip(rng.normal(0.5, 0.17, count), 0.05, 0.98),
+        "height": np.clip(rng.normal(0.5, 0.06, count), 0.36, 0.64),
+        "proportions": rng.uniform(0.35, 0.95, count),
+        "cup": rng.beta(2, 2, count),
+        "firmness": rng.uniform(0.3, 0.9, count),
+        "african": races[:, 0],
+        "asian": races[:, 1],
+        "caucasian": races[:, 2],
+    }
+    details = np.zeros((count, len(kit.details)), np.float32)
+    column = {high: i for i, (_, high) in enumerate(kit.details)}
+    for high, i in column.items():
+        name = high.split("/")[-1]
+        if name.startswith("r-"):
+            twin = column.get("l-" + name[2:])
+            if twin is not None and twin < i:
+                details[:, i] = details[:, twin]
+                continue
+        coarse = any(word in name for word in ("scale", "trans", "measure", "head-"))
+        noise = rng.normal(0, 0.13 if coarse else 0.27, count)
+        lopsided = name.startswith("asym") or name in ("head-trans-in", "head-trans-out", "neck-trans-in",
+            "neck-trans-out", "torso-trans-in", "torso-trans-out", "hip-trans-in", "hip-trans-out")  # fmt: skip
+        details[:, i] = np.clip(noise, 0 if kit.details[i][0] is None else -1, 1) * (not lopsided)
+    for high, i in column.items():  # the left side may be listed after the right one
+        if high.startswith("r-") and "l-" + high[2:] in column:
+            details[:, i] = details[:, column["l-" + high[2:]]]
+    vertices = np.concatenate(
+        [
+            kit.people({k: v[i : i + 250] for k, v in sliders.items()}, details[i : i + 250])
+            for i in range(0, count, 250)
+        ]
+    )
+    vertices *= DM
+    vertices[..., 1] -= vertices[:, BODY, 1].min(1)[:, None]
+    height = vertices[:, BODY, 1].max(1)
+    return Bodies(vertices, {k: v.astype(np.float32) for k, v in sliders.items()} | {"height_m": height})
+
+
+# --- surfaces ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Points on a surface with what is known there."""
+
+    points: np.ndarray  # f32 [N, 3]
+    normals: np.ndarray  # f32 [N, 3]
+    uvs: np.ndarray  # f32 [N, 2]
+    rim: np.ndarray  # f32 [N, 3]: at an open border the direction that leaves the surface, else 0
+
+
+def sample_surface(
+    vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray, face_uvs: np.ndarray, count: int, seed: int
+) -> Samples:
+    """Area-uniform samples; open borders are sampled densely and marked by `rim`."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (vertices[faces[:, i]] for i in range(3))
+    cross = np.cross(b - a, c - a)
+    area = np.linalg.norm(cross, axis=1)
+    pick = rng.choice(len(faces), count, p=area / area.sum())
+    r1, r2 = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
+    bary = np.concatenate([1 - r1, r1 * (1 - r2), r1 * r2], 1)
+    points = np.einsum("nk,nkc->nc", bary, vertices[faces[pick]])
+    # smooth normals: plane distances to faceted garments would print the facets into the field
+    vertex_normals = np.zeros_like(vertices)
+    for i in range(3):
+        np.add.at(vertex_normals, faces[:, i], cross)
+    normals = np.einsum("nk,nkc->nc", bary, vertex_normals[faces[pick]])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    uv = np.einsum("nk,nkc->nc", bary, uvs[face_uvs[pick]])
+    rim = np.zeros_like(points)
+
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    third = np.concatenate([faces[:, 2], faces[:, 0], faces[:, 1]])
+    owner = np.tile(np.arange(len(faces)), 3)
+    # border edges are found on positions, so that uv or part cuts that merely touch do not count
+    _, weld = np.unique(np.round(vertices / 1e-5).astype(np.int64), axis=0, return_inverse=True)
+    key = np.sort(weld.reshape(-1)[edges], 1)
+    _, first, counts = np.unique(key, axis=0, return_index=True, return_counts=True)
+    border = first[counts == 1]
+    if len(border):
+        p, q, t = (vertices[i] for i in (edges[border, 0], edges[border, 1], third[border]))
+        out = (p + q) / 2 - t
+        along = (q - p) / (np.linalg.norm(q - p, axis=1, keepdims=True) + 1e-12)
+        out -= along * (out * along).sum(1, keepdims=True)
+        out /= np.linalg.norm(out, axis=1, keepdims=True) + 1e-12
+        steps = 12
+        s = (np.arange(steps) + 0.5)[None, :, None] / steps
+        edge_points = (p[:, None] * (1 - s) + q[:, None] * s).reshape(-1, 3)
+        n = cross[owner[border]] / (area[owner[border], None] + 1e-12)
+        points = np.concatenate([points, edge_points])
+        normals = np.concatenate([normals, np.repeat(n, steps, 0)])
+        rim = np.concatenate([rim, np.repeat(out, steps, 0)])
+        uv = np.concatenate([uv, np.repeat(uvs[face_uvs[owner[border], 0]], steps, 0)])
+    return Samples(*(x.astype(np.float32) for x in (points, normals, uv, rim)))
+
+
+def signed_distance(samples: Samples, queries: np.ndarray) -> np.ndarray:
+    """Distance [N] to a sampled sheet: negative behind it, positive in front of it and beyond its rim.
+
+    Near the sheet the distance to the tangent planes of the nearest samples is used, which removes the sampling error.
+    """
+    stride = max(1, len(samples.points) // 12_000)  # far away a thinned set answers: a dense tree is slow there
+    far, thin = cKDTree(samples.points[::stride]).query(queries, workers=2)
+    index = np.repeat(thin[:, None] * stride, 4, 1)
+    distance = np.repeat(far[:, None], 4, 1)
+    near = far < 0.04
+    distance[near], index[near] = cKDTree(samples.points).query(queries[near], k=4, workers=2)
+    delta = queries[:, None] - samples.points[index]
+    plane = np.einsum("nkc,nkc->nk", delta, samples.normals[index])
+    nearest = distance[:, 0]
+    sign = np.where(plane[:, 0] >= 0, 1.0, -1.0)
+    agree = np.einsum("nkc,nc->nk", samples.normals[index], samples.normals[index[:, 0]]) > 0.8
+    smooth = (plane * agree).sum(1) / agree.sum(1)
+    use_plane = (nearest < 0.008) & (np.sign(smooth) == sign)
+    out = np.where(use_plane, smooth, sign * nearest)
+    rim = samples.rim[index[:, 0]]
+    beyond = np.einsum("nc,nc->n", delta[:, 0], rim) > 0.25 * np.abs(plane[:, 0]) + 1e-4
+    return np.where(beyond & (np.abs(rim).sum(1) > 0), nearest, out).astype(np.float32)
+
+
+def read_texture(path: str) -> np.ndarray:
+    """An image as f32 [H, W, 4] in 0..1, top row first."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGBA"), np.float32) / 255
+
+
+def lookup(texture: np.ndarray, uvs: np.ndarray) -> np.ndarray:
+    """Bilinear texels [N, 4] at uvs [N, 2] (origin bottom-left)."""
+    h, w = texture.shape[:2]
+    at = [(1 - uvs[:, 1]) * h - 0.5, uvs[:, 0] * w - 0.5]
+    return np.stack([ndimage.map_coordinates(texture[..., c], at, order=1, mode="nearest") for c in range(4)], 1)
+
+
+# --- the canonical body -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A regular grid of signed distances over a box: values f32 [X, Y, Z] at lo + index * step."""
+
+    lo: np.ndarray
+    step: float
+    values: np.ndarray
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        at = ((points - self.lo) / self.step).T
+        return ndimage.map_coordinates(self.values, at, order=1, mode="nearest")
+
+    def nodes(self) -> np.ndarray:
+        axes = [self.lo[i] + self.step * np.arange(self.values.shape[i]) for i in range(3)]
+        return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
+
+    @staticmethod
+    def over(lo: np.ndarray, hi: np.ndarray, step: float) -> Grid:
+        shape = np.ceil((np.asarray(hi) - lo) / step).astype(int) + 1
+        return Grid(np.asarray(lo, np.float32), step, np.zeros(shape, np.float32))
+
+
+class Canonical:
+    """The canonical body: template vertices, what of it is visible, and its distance field."""
+
+    def __init__(self, kit: Kit, template: np.ndarray) -> None:
+        """`template` f64 [19158, 3] metres."""
+        self.kit = kit
+        self.template = template
+        self.eyes = read_proxy(next((kit.root / "eyes" / "low-poly").glob("*.mhclo")))
+        self.eye_vertices = self.fit(self.eyes)
+        self.body_faces, self.body_face_uvs = self._visible_faces()
+        eye_faces, eye_uvs = self.eyes.mesh.triangles()
+        self.skin = sample_surface(
+            template, self.body_faces, kit.base.uvs, self.body_face_uvs, 350_000, seed=1
+        )
+        head = self.skin.points[:, 1] > template[BODY, 1].max() - 0.30
+        fine = sample_surface(  # the face is a small part of the area but most of what people look at
+            template, *self._faces_above(template[BODY, 1].max() - 0.30), 250_000, seed=2
+        )
+        self.skin = _join(_take(self.skin, ~head), fine)
+        # the sockets' rims touch the eyeballs, so the union of both is closed: rims must not count as borders
+        self.skin = Samples(self.skin.points, self.skin.normals, self.skin.uvs, np.zeros_like(self.skin.rim))
+        self.eye = sample_surface(self.eye_vertices, eye_faces, self.eyes.mesh.uvs, eye_uvs, 60_000, seed=3)
+        surface = _join(self.skin, self.eye)
+        top = template[BODY].max(0)
+        bottom = template[BODY].min(0)
+        self.grids = {
+            "whole": Grid.over(bottom - 0.05, top + 0.05, 0.006),
+            "head": Grid.over(np.array([-0.13, top[1] - 0.30, -0.14]), np.array([0.13, top[1] + 0.03, 0.20]), 0.0025),
+        }
+        for side, sign in (("hand_l", 1), ("hand_r", -1)):
+            hand = template[BODY][sign * template[BODY, 0] > 0.72 * top[0]]
+            self.grids[side] = Grid.over(hand.min(0) - 0.015, hand.max(0) + 0.015, 0.0022)
+        for name, grid in self.grids.items():
+            self.grids[name] = Grid(grid.lo, grid.step, signed_distance(surface, grid.nodes()).reshape(grid.values.shape))
+
+    def fit(self, proxy: Proxy) -> np.ndarray:
+        """Vertices in metres. Fitting in decimetres keeps the files' own offsets."""
+        return proxy.fit(self.template / DM) * DM
+
+    def _faces_above(self, y: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        keep = self.template[self.body_faces, 1].min(1) > y - 0.02
+        return self.body_faces[keep], self.kit.base.uvs, self.body_face_uvs[keep]
+
+    def _visible_faces(self) -> tuple[np.ndarray, np.ndarray]:
+        """Skin faces that some ray leaves: drops the mouth cavity and the sockets behind the eyeballs."""
+        import trimesh
+        from trimesh.ray.ray_pyembree import RayMeshIntersector
+
+        faces, uvs = self.kit.base.triangles(self.kit.base.groups["body"])
+        eye_faces, _ = self.eyes.mesh.triangles()
+        scene = trimesh.Trimesh(
+            np.concatenate([self.template, self.eye_vertices]),
+            np.concatenate([faces, eye_faces + len(self.template)]),
+            process=False,
+        )
+        rays = RayMeshIntersector(scene)
+        centres = self.template[faces].mean(1)
+        normals = scene.face_normals[: len(faces)]
+        rng = np.random.default_rng(0)
+        seen = np.zeros(len(faces), bool)
+        for _ in range(48):
+            direction = rng.normal(size=centres.shape)
+            direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+            direction *= np.where((direction * normals).sum(1, keepdims=True) < 0, -1, 1)
+            todo = ~seen
+            seen[todo] |= ~rays.intersects_any(centres[todo] + 1e-4 * normals[todo], direction[todo])
+        return faces[seen], uvs[seen]
+
+    def sdf(self, points: np.ndarray) -> np.ndarray:
+        """Body distance [N] from the finest grid that holds each point."""
+        out = self.grids["whole"](points)
+        for name in ("head", "hand_l", "hand_r"):
+            grid = self.grids[name]
+            hi = grid.lo + grid.step * (np.array(grid.values.shape) - 1)
+            inside = ((points > grid.lo) & (points < hi)).all(1)
+            out[inside] = grid(points[inside])
+        return out
+
+    def gradient(self, points: np.ndarray, h: float = 0.004) -> np.ndarray:
+        g = np.stack([self.sdf(points + h * e) - self.sdf(points - h * e) for e in np.eye(3)], 1)
+        return g / (np.linalg.norm(g, axis=1, keepdims=True) + 1e-9)
+
+
+def _take(s: Samples, which: np.ndarray) -> Samples:
+    return Samples(s.points[which], s.normals[which], s.uvs[which], s.rim[which])
+
+
+def _join(*many: Samples) -> Samples:
+    return Samples(*(np.concatenate([getattr(s, f) for s in many]) for f in ("points", "normals", "uvs", "rim")))
+
+
+# --- items: garments and hair -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One garment or hair style on the canonical body: field targets and coloured surface points."""
+
+    part: str  # hair, top, bottom, shoes, accessory
+    name: str
+    gender: str  # male, female, any
+    points: np.ndarray  # f32 [N, 3]
+    sdf: np.ndarray  # f32 [N], truncated
+    surface: np.ndarray  # f32 [M, 3]
+    color: np.ndarray  # u8 [M, 3] as in the kit's texture
+
+
+def _field_points(rng, canonical, surface, lo, hi, count) -> np.ndarray:
+    """Where the field is supervised: near the item, near the skin, and anywhere in the box."""
+    n1, n2 = int(0.6 * count), int(0.25 * count)
+    near = surface[rng.integers(len(surface), size=n1)] + rng.normal(0, 1, (n1, 3)) * rng.choice(
+        [0.003, 0.008, 0.02], (n1, 1)
+    )
+    skin = canonical.skin.points
+    skin = skin[((skin > lo) & (skin < hi)).all(1)]
+    body = skin[rng.integers(len(skin), size=n2)] + rng.normal(0, 0.012, (n2, 3))
+    free = rng.uniform(lo, hi, (count - n1 - n2, 3))
+    return np.clip(np.concatenate([near, body, free]), lo, hi).astype(np.float32)
+
+
+def cloth_item(canonical: Canonical, proxy: Proxy, part: str, faces_kept: np.ndarray | None, name: str, gender: str):
+    """A garment of the kit: an open sheet around the body, taken as a solid that reaches into the body."""
+    rng = np.random.default_rng(abs(hash_name(name)))
+    vertices = canonical.fit(proxy)
+    faces, uvs = proxy.mesh.triangles(faces_kept)
+    centre = vertices[faces].mean(1)
+    normal = np.cross(vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]])
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-12
+    if part != "accessory":  # linings look at the body; the solid has no inside to line
+        keep = (normal * canonical.gradient(centre)).sum(1) > -0.35
+        faces, uvs = faces[keep], uvs[keep]
+    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 250_000, seed=4)
+    material = read_material(proxy.material)
+    texture = read_texture(material["diffuseTexture"])
+    if "aomapTexture" in material:
+        ao = read_texture(material["aomapTexture"])[..., :3]
+    rgb = lookup(texture, samples.uvs)[:, :3]
+    if "aomapTexture" in material:
+        rgb = rgb * lookup(np.concatenate([ao, ao[..., :1]], -1), samples.uvs)[:, :3] ** 0.7
+    lo, hi = samples.points.min(0) - 0.04, samples.points.max(0) + 0.04
+    points = _field_points(rng, canonical, samples.points, lo, hi, 240_000)
+    sdf = signed_distance(samples, points)
+    pick = rng.permutation(len(samples.points))[:120_000]
+    return Item(
+        part, name, gender, points, np.clip(sdf, -TRUNCATION, TRUNCATION), samples.points[pick], to_u8(rgb[pick])
+    )
+
+
+def hair_item(canonical: Canonical, proxy: Proxy, name: str) -> Item:
+    """Alpha-cut cards become one smooth volume around the skull."""
+    rng = np.random.default_rng(abs(hash_name(name)))
+    vertices = canonical.fit(proxy)
+    head = canonical.template[BODY, 1].max() - 0.10
+    centre = np.array([0, head, 0.02])
+    vertices = vertices + 0.002 * (vertices - centre) / (np.linalg.norm(vertices - centre, axis=1, keepdims=True) + 1e-9)
+    faces, uvs = proxy.mesh.triangles()
+    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 400_000, seed=5)
+    rgba = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)
+    opaque = rgba[:, 3] > 0.5
+    cards, rgb = samples.points[opaque], rgba[opaque, :3]
+    lo, hi = cards.min(0) - 0.04, cards.max(0) + 0.04
+    grid = Grid.over(lo, hi, 0.003)
+    nodes = grid.nodes()
+    shape = grid.values.shape
+    distance = cKDTree(cards).query(nodes, distance_upper_bound=0.03, workers=2)[0].reshape(shape)
+    body = canonical.sdf(nodes).reshape(shape)
+    solid = distance < 0.005
+    grown = ndimage.distance_transform_edt(~solid) * grid.step < 0.010  # close gaps of up to 2 cm
+    closed = ndimage.distance_transform_edt(grown) * grid.step > 0.010
+    under = (body < 0.004) & (distance < 0.022)  # hair sits on the scalp: no slit between
+    solid = ndimage.binary_fill_holes(solid | closed | under)
+    sdf = (ndimage.distance_transform_edt(~solid) - ndimage.distance_transform_edt(solid)) * grid.step
+    field = Grid(grid.lo, grid.step, ndimage.gaussian_filter(sdf, 1.2).astype(np.float32))
+    cells = nodes[(np.abs(field.values) < 0.004).ravel()]
+    surface = cells[rng.integers(len(cells), size=120_000)] + rng.uniform(-0.0015, 0.0015, (120_000, 3))
+    points = _field_points(rng, canonical, surface, lo, hi, 240_000)
+    color = rgb[cKDTree(cards).query(surface, workers=2)[1]]
+    return Item(
+        "hair", name, "any", points, np.clip(field(points), -TRUNCATION, TRUNCATION),
+        surface.astype(np.float32), to_u8(color),
+    )  # fmt: skip
+
+
+def kit_items(canonical: Canonical) -> Iterator[Item]:
+    """Every garment, shoe, hat and hair style of the kit."""
+    kit = canonical.kit
+    for name, entry in kit.garments().items():
+        proxy = read_proxy(kit.root / entry["file"])
+        for piece in entry["parts"]:
+            part = {"hat": "accessory", "outer": "top", "onepiece": "bottom"}.get(piece["label"], piece["label"])
+            if name == "male_casualsuit05" and piece["label"] == "top":
+                continue  # only a shirt front: taken together with its jacket
+            runs = list(piece["faces"])
+            if piece["label"] == "outer":
+                runs += [r for p in entry["parts"] if p["label"] == "top" for r in p["faces"]]
+            kept = np.concatenate([np.arange(a, b + 1) for a, b in runs])
+            log.info("item %s/%s", name, part)
+            yield cloth_item(canonical, proxy, part, kept, f"{name}/{piece['label']}", entry["gender"])
+    for folder in sorted((kit.root / "hair").iterdir()):
+        log.info("item %s", folder.name)
+        yield hair_item(canonical, read_proxy(next(folder.glob("*.mhclo"))), folder.name)
+
+
+def skirt_distance(canonical: Canonical) -> Grid:
+    """The kit's long straight skirt helper as a distance grid; skirts of any length are cut from it."""
+    faces, uvs = canonical.kit.base.triangles(canonical.kit.base.groups["helper-skirt"])
+    samples = sample_surface(canonical.template, faces, canonical.kit.base.uvs, uvs, 200_000, seed=6)
+    grid = Grid.over(samples.points.min(0) - 0.05, samples.points.max(0) + 0.05, 0.006)
+    return Grid(grid.lo, grid.step, signed_distance(samples, grid.nodes()).reshape(grid.values.shape))
+
+
+# --- skin -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SkinAtlas:
+    """Coloured points of the body surface: every skin, iris and brow of the kit at the same points."""
+
+    points: np.ndarray  # f32 [N, 3]
+    is_eye: np.ndarray  # bool [N]
+    skins: np.ndarray  # u8 [S, N, 3]
+    irises: np.ndarray  # u8 [I, N, 3], 0 away from the eyes
+    brows: np.ndarray  # u8 [K, N], opacity
+    skin_names: tuple[str, ...]
+    iris_names: tuple[str, ...]
+    brow_names: tuple[str, ...]
+
+
+def skin_atlas(canonical: Canonical, count: int = 200_000) -> SkinAtlas:
+    kit, rng = canonical.kit, np.random.default_rng(7)
+    height = canonical.template[BODY, 1].max()
+    skin, eye = canonical.skin, canonical.eye
+    face = (skin.points[:, 1] > height - 0.26) & (skin.points[:, 2] > -0.02)
+    weight = np.where(face, 3.0, np.where(np.abs(skin.points[:, 0]) > 0.35, 1.5, 1.0))
+    pick = rng.choice(len(skin.points), count, replace=False, p=weight / weight.sum())
+    seen = eye.points[:, 2] > np.quantile(eye.points[:, 2], 0.45)  # the front of the eyeballs
+    eye_pick = rng.choice(np.flatnonzero(seen), 20_000, replace=False)
+    points = np.concatenate([skin.points[pick], eye.points[eye_pick]])
+    uvs = np.concatenate([skin.uvs[pick], eye.uvs[eye_pick]])
+    is_eye = np.arange(len(points)) >= count
+    textures = {}
+    for path in sorted((kit.root / "skins").rglob("*.mhmat")):
+        textures[path.stem] = read_material(path)["diffuseTexture"]
+    skins = np.stack([to_u8(lookup(read_texture(t), uvs)[:, :3]) for t in textures.values()])
+    eyes = {p.stem: read_material(p)["diffuseTexture"] for p in sorted((kit.root / "eyes/materials").glob("*.mhmat"))}
+    irises = np.stack([to_u8(lookup(read_texture(t), uvs)[:, :3]) for t in eyes.values()]) * is_eye[None, :, None]
+    brows, brow_names = [], []
+    for folder in sorted((kit.root / "eyebrows").iterdir()):
+        proxy = read_proxy(next(folder.glob("*.mhclo")))
+        faces, face_uvs = proxy.mesh.triangles()
+        samples = sample_surface(canonical.fit(proxy), faces, proxy.mesh.uvs, face_uvs, 60_000, seed=8)
+        alpha = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)[:, 3]
+        distance, index = cKDTree(samples.points).query(points, distance_upper_bound=0.008, workers=2)
+        hit = np.isfinite(distance) & ~is_eye
+        brows.append(to_u8(np.where(hit, alpha[np.minimum(index, len(alpha) - 1)], 0)))
+        brow_names.append(folder.name)
+    return SkinAtlas(
+        points, is_eye, skins, irises.astype(np.uint8), np.stack(brows), tuple(textures), tuple(eyes), tuple(brow_names)
+    )
+
+
+def to_u8(x: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
+
+
+def hash_name(name: str) -> int:
+    """A stable seed from a name (Python's own hash differs from run to run)."""
+    import zlib
+
+    return zlib.crc32(name.encode())
+
+
+def open_kit(folder: str | Path) -> Kit:
+    """The kit at `folder`; raises FileNotFoundError with advice when it is none."""
+    root = Path(folder)
+    if not (root / "3dobjs" / "base.obj").exists():
+        raise FileNotFoundError(f"{root} holds no MakeHuman assets: 3dobjs/base.obj is missing.")
+    return Kit(root)
