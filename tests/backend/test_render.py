@@ -78,6 +78,7 @@ def test_projection_maps_near_to_minus_one_and_far_to_one(matrix: Tensor):
 
 def test_intrinsics_project_like_the_matrix():
     camera = camera_at([0.3, 1.0, 2.0], [0.0, 0.9, 0.0])
+    camera.projection[0, 2], camera.projection[1, 2] = 0.1, -0.2  # principal point off the centre
     points = torch.randn(50, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) * 0.3
     clip = to_clip(points, camera.mvp)
     ndc = clip[:, :2] / clip[:, 3:]
@@ -156,6 +157,16 @@ def test_compiled_and_reference_visibility_are_identical(seed: int):
     assert torch.equal(fast, slow)
     assert len(torch.unique(fast)) > 10
     assert (fast < 120).all()  # of doubled faces the lower index wins
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_of_equally_near_faces_the_first_is_seen_even_if_it_had_to_be_clipped(backend: str):
+    clip = flat([[-500, -500], [500, -500], [0, 500], [-0.5, -0.5], [0.5, -0.5], [0, 0.5]])
+    for faces in (torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[3, 4, 5], [0, 1, 2], [3, 4, 5]])):
+        seen = rasterize(clip, faces, (32, 32), backend).face_id
+        assert (seen >= 0).all()
+        assert seen[0, 18, 16] == 0
+        assert (seen < 2).all()
 
 
 def test_reference_visibility_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch):
@@ -328,8 +339,25 @@ def test_outline_in_front_of_a_surface_moves_colour_and_a_hidden_one_nothing():
         assert float(gradient) == pytest.approx(right_half * rows * 25, rel=1e-9)
 
 
+def test_an_outline_behind_a_sloped_surface_changes_nothing():
+    points, triangles = grid(40, 1.1)
+    surface = torch.cat([points, 0.2 * points.sum(dim=1, keepdim=True), torch.ones(len(points), 1)], dim=1)
+    hidden = flat([[-0.4, -0.5], [0.5, -0.4], [0.4, 0.5], [-0.5, 0.4]], z=0.9)[0]
+    clip = torch.cat([surface, hidden])[None].requires_grad_()
+    faces = torch.cat([triangles, torch.tensor([[0, 1, 2], [0, 2, 3]]) + len(points)])
+    raster = rasterize(clip, faces, (50, 50))
+    colors = torch.cat([points, points.new_ones(4, 2)])
+    image = interpolate(colors, raster, faces).detach()
+    smooth = antialias(image, raster, clip, faces)
+    assert torch.equal(smooth, image)
+    (gradient,) = torch.autograd.grad(smooth.sum(), clip)
+    assert (gradient == 0).all()
+
+
 def test_antialiased_square_covers_exact_fractions():
-    clip, faces = flat([[-0.5, -0.53], [0.41, -0.53], [0.41, 0.5], [-0.5, 0.5]]), torch.tensor([[0, 1, 2], [0, 2, 3]])
+    square = flat([[-0.5, -0.53], [0.41, -0.53], [0.41, 0.5], [-0.5, 0.5]])
+    smaller = square * torch.tensor([0.975, 0.98, 1, 1]) - torch.tensor([0.0, 0.0, 0.1, 0.0])  # in front of it
+    clip, faces = torch.cat([smaller, square], dim=1), torch.tensor([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]])
     raster = rasterize(clip, faces, (20, 20))
     mask = antialias(raster.mask[..., None].double(), raster, clip, faces)[0, ..., 0]
     assert mask[10, 14] == pytest.approx(0.1)  # the edge x = 0.41 lies a tenth into column 14
