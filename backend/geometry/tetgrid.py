@@ -272,6 +272,8 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
 
 def _number(cells: Int[np.ndarray, "C 3"]) -> tuple[Int[np.ndarray, "C 8"], Int[np.ndarray, "N 3"]]:
     """Number the nodes of the cells in order of appearance: corners of each cell, coordinates of each node."""
+    if len(cells) == 0:
+        return np.empty((0, 8), np.int32), np.empty((0, 3), np.int32)
     capacity = 1 << max(6, int(4 * len(cells)).bit_length())
     while True:
         corners, nodes = _number_into(cells, capacity)
