@@ -49,20 +49,7 @@ class Client:
                     if not waiting:
                         return
                     job = waiting.pop(0)
-                    yield runner.run(self._wait(session, job))
+                    yield runner.run(session.result(job.id, self._heard))
                     del session.jobs[job.id]
             finally:
                 runner.run(session.close())
-
-    async def _wait(self, session: Session, job: Job) -> Human:
-        told: Status | None = None
-        waiter = asyncio.ensure_future(session.result(job.id))
-        try:
-            while not waiter.done():
-                if self._heard is not None and job.status != told:
-                    told = job.status
-                    self._heard(told)
-                await asyncio.wait([waiter], timeout=0.1)
-        finally:
-            waiter.cancel()
-        return waiter.result()

@@ -8,6 +8,7 @@ become the scene's units.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from dataclasses import dataclass, field
@@ -256,15 +257,14 @@ def _batch_collection(context: bpy.types.Context, batch: Batch, stage: _Stage) -
 def _link(context: bpy.types.Context, collection: bpy.types.Collection, root: bpy.types.Object,
           objects: list[bpy.types.Object], batch: Batch) -> None:  # fmt: skip
     """Into the scene, in one go; selected together with the rest of the batch, the new one active."""
-    mates = set(collection.objects)
-    for other in context.view_layer.objects:
-        if other not in mates and other.select_get():
-            other.select_set(False)
-    made = [root, *(o for o in objects if o is not root)]
-    for o in made:
+    for o in dict.fromkeys((root, *objects)):
         collection.objects.link(o)
     batch.was_made = True
-    if all(o.name in context.view_layer.objects for o in made):  # not so if the user excluded the collection
-        for o in made:
-            o.select_set(True)
+    with contextlib.suppress(RuntimeError):  # the user excluded the collection from this view layer
+        for o in (root, *objects):
+            o.select_set(True)  # also brings the view layer up to date with the collections
         context.view_layer.objects.active = root
+        mates = set(collection.objects)
+        for other in list(context.view_layer.objects.selected):
+            if other not in mates:
+                other.select_set(False)

@@ -149,10 +149,13 @@ class Session:
         else:
             self._set(Link.OFF)
 
-    async def result(self, job_id: str) -> Human:
-        """Wait for a person. Raises `BackendError` if the job or the backend fails for good."""
-        job = self.jobs[job_id]
+    async def result(self, job_id: str, heard: Callable[[Status], None] | None = None) -> Human:
+        """Wait for a person; `heard` is told every status. Raises `BackendError` if job or backend fail for good."""
+        job, told = self.jobs[job_id], None
         while True:
+            if heard is not None and job.status != told:
+                told = job.status
+                heard(told)
             if job.human is not None:
                 job.taken, human, job.human = True, job.human, None
                 return human
@@ -200,7 +203,7 @@ class Session:
             if self.link is Link.STOPPING:
                 return  # `_stop` does the rest
             self.details = self._child.log_tail() if self._child else ""
-            self._drop_child()
+            self._drop_child(terminate=not was_ready)
             if was_ready and self.open_jobs and self._budget.take():
                 self._set(Link.STARTING, "It stopped unexpectedly, restarting")
                 continue

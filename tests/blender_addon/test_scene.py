@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What stands in the scene after an insertion, and that nothing is left after a failed or undone one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.blender_addon import making
+
+COLLECTIONS = ("objects", "meshes", "materials", "images", "armatures", "collections", "scenes", "node_groups",
+               "actions", "textures", "worlds")  # fmt: skip
+
+
+def counts(bpy: Any) -> dict[str, int]:
+    return {name: len(getattr(bpy.data, name)) for name in COLLECTIONS}
+
+
+def insert(addon: SimpleNamespace, data: bytes, index: int = 0, **batch: Any) -> Any:
+    human = addon.packet.read(data)
+    made = addon.scene.Batch(**({"name": "Humans", "count": 1, "location": (0.0, 0.0, 0.0)} | batch))
+    return addon.scene.insert(addon.bpy.context, human, made, index)[0]
+
+
+def read(collection: Any, name: str, width: int, kind: type = np.float32) -> Any:
+    values = np.empty(len(collection) * width, kind)
+    collection.foreach_get(name, values)
+    return values.reshape(-1, width)
+
+
+def test_mesh_is_the_packets_mesh_to_the_bit(addon: SimpleNamespace) -> None:
+    root = insert(addon, making.packet(rig=False))
+    part, mesh = making.ball(), root.data
+    x, y, z = part["vertices"].T
+    assert np.array_equal(read(mesh.vertices, "co", 3), np.stack([x, -z, y], 1))
+    assert np.array_equal(read(mesh.loops, "vertex_index", 1, np.int32).reshape(-1, 3), part["faces"])
+    assert np.array_equal(read(mesh.uv_layers["UVMap"].uv, "vector", 2), part["uvs"][part["face_uvs_idx"].ravel()])
+    nx, ny, nz = part["normals"].T
+    assert np.allclose(read(mesh.corner_normals, "vector", 3), np.stack([nx, -nz, ny], 1)[part["faces"].ravel()],
+                       atol=1e-6)  # fmt: skip
+    assert not mesh.validate(verbose=False), "Blender found something to correct"
+    edges = Counter(tuple(sorted(edge)) for a, b, c in part["faces"].tolist() for edge in ((a, b), (b, c), (c, a)))
+    assert set(edges.values()) == {2}
+    assert len(mesh.edges) == len(edges)
+    assert all(polygon.use_smooth for polygon in mesh.polygons)
+
+
+def test_outside_is_outside(addon: SimpleNamespace) -> None:
+    """Turning the axes keeps the winding: Blender's own face normals point away from the middle."""
+    mesh = insert(addon, making.packet(rig=False)).data
+    centre = read(mesh.vertices, "co", 3).mean(0)
+    away = read(mesh.polygons, "center", 3) - centre
+    assert ((away * read(mesh.polygons, "normal", 3)).sum(1) > 0).all()
+
+
+def test_material_is_complete_and_the_file_carries_its_textures(addon: SimpleNamespace, tmp_path: Path) -> None:
+    root = insert(addon, making.packet(rig=False, texture=32))
+    material = root.data.materials[0]
+    nodes, links = material.node_tree.nodes, material.node_tree.links
+    joined = {(link.from_node.name, link.from_socket.name, link.to_node.name, link.to_socket.name) for link in links}
+    assert joined == {
+        ("Base Color", "Color", "Principled BSDF", "Base Color"), ("Normal", "Color", "Normal Map", "Color"),
+        ("Normal Map", "Normal", "Principled BSDF", "Normal"), ("Principled BSDF", "BSDF", "Output", "Surface"),
+    }  # fmt: skip
+    assert nodes.active == nodes["Base Color"]
+    assert nodes["Base Color"].image.colorspace_settings.name == "sRGB"
+    assert nodes["Normal"].image.colorspace_settings.name == "Non-Color"
+    path = str(tmp_path / "saved ö 中.blend")
+    addon.bpy.ops.wm.save_as_mainfile(filepath=path)
+    addon.bpy.ops.wm.open_mainfile(filepath=path)
+    nodes = addon.bpy.data.objects["Human"].data.materials[0].node_tree.nodes
+    for name, key in (("Base Color", "base_color.png"), ("Normal", "normal.png")):
+        image = nodes[name].image
+        assert bytes(image.packed_file.data) == making.ball(texture=32)[key].tobytes()
+        assert tuple(image.size) == (32, 32)
+    pixel = np.array(nodes["Base Color"].image.pixels[:3])
+    assert np.abs(pixel * 255 - (200, 120, 90)).max() < 1
+
+
+def test_feet_stand_at_the_cursor_in_the_scenes_units(addon: SimpleNamespace) -> None:
+    addon.bpy.context.scene.unit_settings.scale_length = 0.01  # centimetres
+    part = making.ball()
+    part["vertices"] = part["vertices"] - np.float32([0, 0.25, 0])  # soles below the packet's floor
+    data = making.pack(making.tensors([part]), making.meta())
+    root = insert(addon, data, location=(5.0, 6.0, 7.0))
+    addon.bpy.context.view_layer.update()
+    mesh = next(child for child in root.children if child.type == "MESH")
+    world = np.array([mesh.matrix_world @ v.co for v in mesh.data.vertices])
+    assert world[:, 2].min() == pytest.approx(7.0, abs=1e-4)
+    assert np.ptp(world[:, 2]) == pytest.approx(180, rel=1e-4)
+    assert world[:, :2].mean(0) == pytest.approx([5, 6], abs=0.1)
+    assert tuple(root.scale) == (1, 1, 1)
+    assert root.populace.height_m == pytest.approx(1.8)
+
+
+def test_a_batch_stands_in_a_row_in_one_collection(addon: SimpleNamespace) -> None:
+    human = addon.packet.read(making.packet(rings=4))
+    batch = addon.scene.Batch("Humans 7-9", 3, (1.0, 2.0, 0.0))
+    roots = [addon.scene.insert(addon.bpy.context, human, batch, i)[0] for i in range(3)]
+    assert [round(root.location.x, 5) for root in roots] == [0.0, 1.0, 2.0]
+    assert {c.name for root in roots for c in root.users_collection} == {"Humans 7-9"}
+    assert len({root.populace.uuid for root in roots}) == 3
+    assert {o.name for o in addon.bpy.context.view_layer.objects.selected} == {
+        o.name for root in roots for o in (root, *root.children)}  # fmt: skip
+    assert addon.bpy.context.view_layer.objects.active == roots[2]
+
+
+def test_rig_bends_the_mesh(addon: SimpleNamespace) -> None:
+    root = insert(addon, making.packet())
+    assert root.type == "ARMATURE"
+    assert [bone.name for bone in root.data.bones] == ["root", "spine", "head"]
+    assert root.data.bones["head"].parent == root.data.bones["spine"]
+    assert root.data.bones["root"].tail_local[:] == pytest.approx((0, 0, 0.9))
+    body = root.children[0]
+    part = making.ball()
+    for vertex in (0, 100, len(body.data.vertices) - 1):
+        found = {body.vertex_groups[g.group].name: g.weight for g in body.data.vertices[vertex].groups}
+        wanted = dict.fromkeys(("root", "spine", "head"), 0.0)
+        for bone, weight in zip(part["skin_indices"][vertex], part["skin_weights"][vertex]):
+            wanted[("root", "spine", "head")[bone]] += float(weight)
+        assert sum(found.values()) == pytest.approx(1, abs=1e-6)
+        assert all(found.get(name, 0) == pytest.approx(weight, abs=1 / 512) for name, weight in wanted.items())
+    before = read(body.data.vertices, "co", 3)
+    root.pose.bones["root"].location = (0, 0, 1)  # bone space: its z points to the world's -y
+    addon.bpy.context.view_layer.update()
+    evaluated = body.evaluated_get(addon.bpy.context.evaluated_depsgraph_get()).data
+    moved = read(evaluated.vertices, "co", 3) - before
+    assert np.linalg.norm(moved, axis=1) == pytest.approx(np.ones(len(before)), abs=1e-3), "all follow the root"
+
+
+def test_rounded_weights_sum_exactly(addon: SimpleNamespace) -> None:
+    rng = np.random.default_rng(1)
+    bones = rng.integers(0, 5, (500, 4)).astype(np.int32)
+    weights = rng.dirichlet([0.3] * 4, 500).astype(np.float32)
+    weights[0] = 0
+    _, steps = addon.scene.rounded_weights(bones, weights)
+    assert (steps.sum(1) == addon.scene.WEIGHT_STEPS).all()
+    assert steps.min() >= 0
+    for row, of, given in zip(steps[1:], bones[1:], weights[1:], strict=True):
+        for bone in range(5):
+            assert abs(row[of == bone].sum() / addon.scene.WEIGHT_STEPS - given[of == bone].sum()) < 4 / 512
+            assert (row[of == bone] > 0).sum() <= 1
+
+
+def test_several_parts_hang_on_one_root(addon: SimpleNamespace) -> None:
+    root = insert(addon, making.packet(rings=4, rig=False, parts=3))
+    assert (root.type, root.name) == ("EMPTY", "Human")
+    assert {child.name for child in root.children} == {"Human Human", "Human Part 1", "Human Part 2"}
+    addon.bpy.context.view_layer.objects.active = root.children[1]
+    assert addon.properties.active_human(addon.bpy.context) == root
+
+
+@pytest.mark.parametrize("fails_in", ["_material", "_armature", "_bind", "_link"])
+def test_failure_leaves_no_datablock(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, fails_in: str) -> None:
+    before = counts(addon.bpy)
+    real = getattr(addon.scene, fails_in)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise OSError("full")
+
+    monkeypatch.setattr(addon.scene, fails_in, fails)
+    with pytest.raises(OSError, match="full"):
+        insert(addon, making.packet())
+    assert counts(addon.bpy) == before
+    monkeypatch.undo()
+    assert insert(addon, making.packet()).name == "Human Rig"
+
+
+def test_recipe_survives_saving(addon: SimpleNamespace, tmp_path: Path) -> None:
+    root = insert(addon, making.packet(seed=2**53 - 1, truncation_psi=0.7))
+    kept = (root.populace.uuid, root.populace.recipe)
+    path = str(tmp_path / "recipe.blend")
+    addon.bpy.ops.wm.save_as_mainfile(filepath=path)
+    addon.bpy.ops.wm.open_mainfile(filepath=path)
+    about = addon.bpy.data.objects["Human Rig"].populace
+    assert (about.uuid, about.recipe) == kept
+    assert (about.seed, about.family, about.weights_sha256) == (str(2**53 - 1), "ball", "ab" * 32)
+    latents = addon.packet.recipe_latents(json.loads(about.recipe))
+    assert np.array_equal(np.float32(latents["body/shape"]), making.tensors()["latents/body/shape"])
+
+
+def test_degenerate_faces_are_cleaned_by_blender(addon: SimpleNamespace) -> None:
+    part = making.ball(4)
+    part["faces"][3] = part["faces"][3][0]
+    mesh = insert(addon, making.pack(making.tensors([part], rig=False), making.meta(rig=False))).data
+    assert len(mesh.polygons) == len(part["faces"]) - 1
+    assert len(mesh.uv_layers["UVMap"].uv) == len(mesh.loops)
