@@ -109,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _request_options(generate)
 
     serve = command("serve", _serve, "run the backend for Blender and scripts on 127.0.0.1")
-    serve.add_argument("--stay", action="store_true", help="go on when the last client has left")
+    serve.add_argument("--stay", action="store_true", default=None, help="go on when the last client has left")
     serve.add_argument("--json", action="store_true", help="print one JSON line when ready: port, pid, runtime_file")
-    serve.add_argument("--port", type=_port, default=0, help="default: one chosen by the system")
+    serve.add_argument("--port", type=_port, help="default: one chosen by the system")
     serve.add_argument("--data-dir", type=Path, help="for jobs, results, logs and weights")
     _device_option(serve)
 
@@ -151,8 +151,8 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto: the GPU if there is one (default)")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                        help="auto: the GPU if there is one (default: auto, or what the settings say)")  # fmt: skip
 
 
 def _seed(text: str) -> int:
@@ -214,7 +214,8 @@ def _generate(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         progress.show("loading the model", 0)
-        model = families.load(args.family, args.device, Settings.load())
+        settings = Settings.load(device=args.device)
+        model = families.load(args.family, settings.device, settings)
         for i, request in enumerate(requests):
             who = f"person {i + 1} of {len(requests)}" if len(requests) > 1 else "person"
             asset, stats = pipeline.generate(
@@ -308,7 +309,7 @@ def _bench(args: argparse.Namespace) -> None:
     request = _request(args, 0)
     from backend import bench
 
-    report = bench.run(request, args.device, args.repeat, args.quick)
+    report = bench.run(request, Settings.load(device=args.device), args.repeat, args.quick)
     print(json.dumps(report, indent=2) if args.json else bench.as_text(report))
 
 

@@ -39,12 +39,12 @@ RATIO_GRID = 256
 RATIO_FACES = 30000
 
 
-def run(request: GenerateRequest, device: str, repeat: int, quick: bool) -> dict[str, Any]:
+def run(request: GenerateRequest, settings: Settings, repeat: int, quick: bool) -> dict[str, Any]:
     """The whole report. `quick` leaves out growth and ratios, which take minutes."""
     with Progress(plain=True) as progress:
         progress.show("loading the model", 0)
         begin = time.perf_counter()
-        model = families.load(request.family, device, Settings.load())
+        model = families.load(request.family, settings.device, settings)
         report: dict[str, Any] = {"machine": _machine(model.device), "request": request.model_dump(mode="json"),
                                   "repeat": repeat, "load_s": round(time.perf_counter() - begin, 3)}  # fmt: skip
         progress.show("warming up", 0.05)
