@@ -16,6 +16,10 @@ INSTALL_COMMAND: Final = "pip install populace"
 _found = ""  # what `refresh` found, so that drawing needs no look at the disk
 
 
+def _python_changed(preferences: bpy.types.AddonPreferences, context: bpy.types.Context) -> None:
+    refresh()
+
+
 class PopulacePreferences(bpy.types.AddonPreferences):
     bl_idname = __package__
 
@@ -23,7 +27,7 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         name="Python", subtype="FILE_PATH",
         description="The Python that has the generator installed, or its environment's folder. "
         "Leave empty to look in the usual places",
-        update=lambda self, context: refresh(),
+        update=_python_changed,
     )  # fmt: skip
 
     def draw(self, context: bpy.types.Context) -> None:

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The add-on inside Blender: registration, operators, the pump, the panel, undo and file load. The backend is faked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.blender_addon import making
+from tests.blender_addon.conftest import PACKAGE
+from tests.blender_addon.recorder import Layout
+from tests.blender_addon.test_client import script
+from tests.blender_addon.test_scene import counts
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for the backend")
+
+
+def pump_until(addon: SimpleNamespace, condition: Callable[[], Any], timeout_s: float = 15) -> None:
+    """What Blender's timer would do."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"timed out; {addon.tasks.session() and vars(addon.tasks.session())}"
+        addon.tasks.pump()
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def faked(addon: SimpleNamespace, home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The add-on with a fake backend to start; `addon.mode("...")` chooses its behaviour."""
+
+    def mode(word: str) -> None:
+        preferences = addon.bpy.context.preferences.addons[PACKAGE].preferences
+        preferences.python = script(home, monkeypatch, word)
+
+    addon.mode = mode
+    addon.home = home
+    mode("good")
+    yield addon
+    state = addon.tasks.session()
+    if state is not None and state.link in (addon.session.Link.READY, addon.session.Link.STARTING):
+        state.shutdown()
+        pump_until(addon, lambda: state.link is addon.session.Link.OFF)
+    addon.bpy.context.preferences.addons[PACKAGE].preferences.python = ""
+    end = time.monotonic() + 10
+    while any(child.poll() is None for child in addon.process._left_alone):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    addon.process._left_alone.clear()
+
+
+def submit(addon: SimpleNamespace, count: int = 1, **batch: Any) -> list[Any]:
+    made = addon.scene.Batch(f"Humans {count}", count, (0.0, 0.0, 0.0), **batch)
+    addon.tasks.submit([addon.messages.Request(seed=i) for i in range(count)], made)
+    return list(addon.tasks.session().jobs.values())[-count:]
+
+
+def people(bpy: Any) -> list[Any]:
+    return [o for o in bpy.data.objects if o.populace.uuid]
+
+
+def draw(addon: SimpleNamespace, panel: str = "POPULACE_PT_main") -> Layout:
+    layout = Layout(addon.bpy)
+    cls = getattr(addon.panel, panel)
+    cls.draw.__wrapped__(SimpleNamespace(layout=layout), addon.bpy.context)
+    return layout
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def test_off_and_on_twenty_times_leaves_nothing(enabled: Any) -> None:
+    bpy = enabled
+    addon_utils = importlib.import_module("addon_utils")
+
+    def ours() -> list[str]:
+        found = [name for name in dir(bpy.types) if "POPULACE" in name.upper()]
+        lists = [getattr(bpy.app.handlers, name) for name in dir(bpy.app.handlers) if not name.startswith("_")]
+        found += [f"handler {f.__name__}" for handlers in lists if isinstance(handlers, list)
+                  for f in handlers if "populace" in f.__module__]  # fmt: skip
+        found += [name for name in ("Scene", "Object") if hasattr(getattr(bpy.types, name), "populace")]
+        found += list(dir(bpy.ops.populace))
+        return sorted(found)
+
+    whole = ours()
+    assert any(name.startswith("handler") for name in whole)
+    for _ in range(20):
+        addon_utils.disable(PACKAGE, default_set=True)
+        assert ours() == []
+        tasks = sys.modules[f"{PACKAGE}.tasks"]
+        assert not bpy.app.timers.is_registered(tasks._tick)
+        assert tasks._bridge is None
+        assert addon_utils.enable(PACKAGE, default_set=True)
+        assert ours() == whole
+
+
+def test_every_operator_explains_itself(addon: SimpleNamespace) -> None:
+    for cls in addon.operators._CLASSES:
+        assert cls.bl_idname.startswith("populace.")
+        assert cls.__name__ == f"POPULACE_OT_{cls.bl_idname.partition('.')[2]}"
+        assert cls.__doc__, cls
+        assert not cls.__doc__.endswith("."), cls
+        assert cls.bl_label == cls.bl_label.title() or cls.bl_label == "Choose Python", cls
+
+
+def test_manifest_is_accepted_by_blenders_own_tool(enabled: Any) -> None:
+    import subprocess
+
+    scripts = Path(enabled.utils.system_resource("SCRIPTS"))
+    tool = scripts / "addons_core" / "bl_pkg" / "cli" / "blender_ext.py"
+    tags = scripts / "modules" / "_bpy_internal" / "extensions" / "tags.py"
+    source = Path(__file__).resolve().parents[2] / "blender_addon"
+    done = subprocess.run([sys.executable, str(tool), "validate", "--valid-tags", str(tags), str(source)],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the way of a job
+
+
+def test_two_people_through_the_pump(faked: SimpleNamespace) -> None:
+    bpy = faked.bpy
+    bpy.context.scene.cursor.location = (1, 2, 3)
+    jobs = submit(faked, 2)
+    assert people(bpy) == [], "submitting does not block"
+    pump_until(faked, lambda: all(job.taken for job in jobs))
+    assert len(people(bpy)) == 2
+    assert {c.name for person in people(bpy) for c in person.users_collection} == {"Humans 2"}
+    assert all(job.human is None for job in jobs), "no result is kept in memory"
+
+
+def test_each_tick_inserts_one_person(faked: SimpleNamespace) -> None:
+    jobs = submit(faked, 3)
+    state = faked.tasks.session()
+    while len(state.arrived) < 3:
+        faked.tasks._bridge.run_loop(0.01)
+    for expected in (1, 2, 3):
+        faked.tasks.pump()
+        assert len(people(faked.bpy)) == expected
+    assert all(job.taken for job in jobs)
+
+
+def test_insertion_is_one_named_undo_step(faked: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    bpy = faked.bpy
+    before = counts(bpy)
+    jobs = submit(faked)
+    pump_until(faked, lambda: jobs[0].taken)
+    capfd.readouterr()
+    bpy.context.window_manager.print_undo_steps()
+    steps = [line for line in capfd.readouterr().out.splitlines() if "Insert Human" in line or "start" in line]
+    assert sum("Insert Human" in line for line in steps) == 1
+    bpy.ops.ed.undo()
+    assert people(bpy) == []
+    assert counts(bpy) == before
+    bpy.ops.ed.redo()
+    assert len(people(bpy)) == 1
+
+
+def test_insert_and_undo_twenty_times_leaves_no_datablock(faked: SimpleNamespace) -> None:
+    bpy = faked.bpy
+    before = counts(bpy)
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    bpy.ops.ed.undo()
+    for _ in range(20):
+        assert bpy.ops.populace.insert_result(job_id=job.id) == {"CANCELLED"}, "it is fetched once more"
+        pump_until(faked, lambda: job.taken)
+        assert len(people(bpy)) == 1
+        bpy.ops.ed.undo()
+        assert counts(bpy) == before
+
+
+def test_undo_during_a_batch_makes_the_collection_anew_and_says_so(faked: SimpleNamespace) -> None:
+    jobs = submit(faked, 2)
+    pump_until(faked, lambda: jobs[0].taken or jobs[1].taken)
+    last = jobs[1] if jobs[0].taken else jobs[0]
+    if not last.taken:
+        faked.bpy.ops.ed.undo()
+        pump_until(faked, lambda: last.taken)
+        assert "collection was gone" in last.note
+    assert len(people(faked.bpy)) == 1
+
+
+def test_file_load_during_a_job_puts_the_person_into_the_new_file(faked: SimpleNamespace) -> None:
+    job = submit(faked)[0]
+    faked.bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    assert "file opened since" in job.note
+    pump_until(faked, lambda: job.taken)
+    assert len(people(faked.bpy)) == 1
+    assert faked.tasks.session().link is faked.session.Link.READY, "the backend survives loading a file"
+
+
+def test_failing_insertion_is_told_and_the_next_works(
+    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(faked.scene, "_link", fails)
+    before = counts(faked.bpy)
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    assert job.status.state == "failed"
+    assert "no room" in job.status.error.hint
+    assert counts(faked.bpy) == before
+    monkeypatch.undo()
+    monkeypatch.setenv("POPULACE_HOME", str(faked.home))
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    assert len(people(faked.bpy)) == 1
+
+
+def test_blocking_operator_as_scripts_use_it(faked: SimpleNamespace) -> None:
+    bpy = faked.bpy
+    bpy.context.scene.cursor.location = (0, 0, 2)
+    assert bpy.ops.populace.generate(seed=3, count=2, with_rig=False) == {"FINISHED"}
+    assert [person.type for person in people(bpy)] == ["MESH", "MESH"]
+    assert {person.location.z for person in people(bpy)} == {2}
+    faked.mode("garbage")
+    (faked.home / "run" / "backend.json").unlink()
+    with pytest.raises(RuntimeError, match="made of cheese"):
+        bpy.ops.populace.generate(seed=3)
+    with pytest.raises(RuntimeError, match="latents are not JSON"):
+        bpy.ops.populace.generate(seed=3, latents="{")
+
+
+def test_recipe_goes_back_into_the_form_and_the_clipboard(faked: SimpleNamespace) -> None:
+    bpy = faked.bpy
+    assert not bpy.ops.populace.copy_recipe.poll()
+    human = faked.packet.read(making.packet(seed=77, truncation_psi=0.25, texture_size=2048, faces=1234))
+    root, _ = faked.scene.insert(bpy.context, human, faked.scene.Batch("H", 1, (0, 0, 0)))
+    bpy.context.view_layer.objects.active = root.children[0]
+    assert bpy.ops.populace.use_recipe() == {"FINISHED"}
+    form = bpy.context.scene.populace
+    assert (form.seed, form.texture_size, form.faces, form.family) == (77, "2048", 1234, "ball")
+    assert form.truncation_psi == pytest.approx(0.25)
+    assert not form.randomise_seed
+    bpy.ops.populace.make_again()
+    job = next(iter(faked.tasks.session().jobs.values()))
+    assert job.request.latents == faked.packet.recipe_latents(json.loads(root.populace.recipe))
+    pump_until(faked, lambda: job.taken)
+    bpy.context.view_layer.objects.active = root
+    root.populace.recipe = "{"
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        bpy.ops.populace.make_again()
+
+
+# ------------------------------------------------------------------------------------------------------- the panel
+
+
+def test_panel_in_every_state(faked: SimpleNamespace) -> None:
+    tasks = faked.tasks
+    layout = draw(faked)
+    assert "Generator is off" in layout.texts
+    assert {"populace.start_backend", "populace.generate"} <= set(layout.buttons)
+    assert {"seed", "count", "truncation_psi", "texture_size", "faces", "family"} <= set(layout.props)
+
+    faked.bpy.ops.populace.start_backend()
+    state, link = tasks.session(), faked.session.Link
+    assert state.link is link.STARTING
+    assert "populace.stop_backend" in draw(faked).buttons
+    seen = set()
+    pump_until(faked, lambda: seen.update(draw(faked).texts) or state.link is link.READY)
+    assert any(text.startswith("Starting Python") for text in seen)
+    assert "Ready on CPU" in draw(faked).texts
+    assert not faked.bpy.ops.populace.start_backend.poll()
+
+    jobs = submit(faked, 12)
+    assert "Making 12 people" in draw(faked).texts
+    seen.clear()
+    pump_until(faked, lambda: seen.update(draw(faked).texts) or all(job.taken for job in jobs))
+    assert "Surface 50%, 1 s left" in seen
+    layout = draw(faked)
+    assert "and 4 more" in layout.texts
+    assert layout.buttons.count("populace.insert_result") == faked.panel.MAX_ROWS
+
+    faked.bpy.context.view_layer.objects.active = people(faked.bpy)[0]
+    assert faked.panel.POPULACE_PT_human.poll(faked.bpy.context)
+    layout = draw(faked, "POPULACE_PT_human")
+    assert {"7", "1.80 m", "Ball", "abababababab", "0.0.1"} <= set(layout.texts)
+
+    Error = faked.messages.BackendError
+    for status in (
+        {"state": "cancelled"}, {"state": "cancelling"}, {"state": "queued"}, {"state": "done"},
+        {"state": "failed", "error": Error("x", "A long sentence. " * 20, "Do this.")},
+    ):  # fmt: skip
+        job = faked.session.Job(faked.messages.Request(seed=1), tag=None)
+        job.status = faked.messages.Status(job.id, **status)
+        job.note = "A note"
+        state.jobs = {job.id: job}
+        assert "A note" in draw(faked).texts
+    state.jobs = {}
+
+    faked.bpy.ops.populace.stop_backend()
+    assert "Stopping" in draw(faked).texts
+    pump_until(faked, lambda: state.link is link.OFF)
+    faked.mode("garbage")
+    faked.bpy.ops.populace.start_backend()
+    pump_until(faked, lambda: state.link is link.FAILED)
+    layout = draw(faked)
+    assert "Generator not available" in layout.texts
+    assert any("cheese" in text for text in layout.texts)
+    assert {"populace.start_backend", "populace.copy_error"} <= set(layout.buttons)
+    assert faked.bpy.ops.populace.copy_error() == {"FINISHED"}
+
+    faked.bpy.context.preferences.addons[PACKAGE].preferences.python = "/nowhere"
+    state.connect()
+    pump_until(faked, lambda: state.link is link.FAILED)
+    assert "populace.choose_python" in draw(faked).buttons
+    with pytest.raises(RuntimeError, match="preferences"):
+        faked.bpy.ops.populace.start_backend()
+
+
+def test_draw_never_raises(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addon.panel, "_draw_form", lambda *_: 1 / 0)
+    layout = Layout(addon.bpy)
+    addon.panel.POPULACE_PT_main.draw(SimpleNamespace(layout=layout), addon.bpy.context)
+    assert "This panel could not be drawn" in layout.texts
+
+
+def test_preferences_draw_with_and_without_a_generator(faked: SimpleNamespace) -> None:
+    cls = faked.preferences.PopulacePreferences
+    for python, sentence in (("", "Generator"), ("/nowhere", "No generator found")):
+        prefs = faked.bpy.context.preferences.addons[PACKAGE].preferences
+        if python:
+            prefs.python = python
+        layout = Layout(faked.bpy)
+        cls.draw(SimpleNamespace(layout=layout, python=prefs.python, bl_rna=prefs.bl_rna), faked.bpy.context)
+        assert any(text.startswith(sentence) for text in layout.texts)
+
+
+def test_results_wait_while_the_user_edits(faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only in a window; the reason shows in the panel and goes away."""
+    monkeypatch.setattr(faked.tasks, "_reason_to_wait", lambda: "Leave Edit Mode to insert")
+    job = submit(faked)[0]
+    pump_until(faked, lambda: faked.tasks.hold())
+    faked.tasks.pump()
+    assert people(faked.bpy) == []
+    assert "Leave Edit Mode to insert" in draw(faked).texts
+    monkeypatch.setattr(faked.tasks, "_reason_to_wait", lambda: "")
+    pump_until(faked, lambda: job.taken)
+    assert faked.tasks.hold() == ""
