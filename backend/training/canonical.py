@@ -218,9 +218,7 @@ class Canonical:
         self.eye_vertices = self.fit(self.eyes)
         self.body_faces, self.body_face_uvs = self._visible_faces()
         eye_faces, eye_uvs = self.eyes.mesh.triangles()
-        self.skin = sample_surface(
-            template, self.body_faces, kit.base.uvs, self.body_face_uvs, 350_000, seed=1
-        )
+        self.skin = sample_surface(template, self.body_faces, kit.base.uvs, self.body_face_uvs, 350_000, seed=1)
         head = self.skin.points[:, 1] > template[BODY, 1].max() - 0.30
         fine = sample_surface(  # the face is a small part of the area but most of what people look at
             template, *self._faces_above(template[BODY, 1].max() - 0.30), 250_000, seed=2
@@ -240,7 +238,9 @@ class Canonical:
             hand = template[BODY][sign * template[BODY, 0] > 0.72 * top[0]]
             self.grids[side] = Grid.over(hand.min(0) - 0.015, hand.max(0) + 0.015, 0.0022)
         for name, grid in self.grids.items():
-            self.grids[name] = Grid(grid.lo, grid.step, signed_distance(surface, grid.nodes()).reshape(grid.values.shape))
+            self.grids[name] = Grid(
+                grid.lo, grid.step, signed_distance(surface, grid.nodes()).reshape(grid.values.shape)
+            )
 
     def fit(self, proxy: Proxy) -> np.ndarray:
         """Vertices in metres. Fitting in decimetres keeps the files' own offsets."""
@@ -361,7 +361,9 @@ def hair_item(canonical: Canonical, proxy: Proxy, name: str) -> Item:
     vertices = canonical.fit(proxy)
     head = canonical.template[BODY, 1].max() - 0.10
     centre = np.array([0, head, 0.02])
-    vertices = vertices + 0.002 * (vertices - centre) / (np.linalg.norm(vertices - centre, axis=1, keepdims=True) + 1e-9)
+    vertices = vertices + 0.002 * (vertices - centre) / (
+        np.linalg.norm(vertices - centre, axis=1, keepdims=True) + 1e-9
+    )
     faces, uvs = proxy.mesh.triangles()
     samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 400_000, seed=5)
     rgba = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)

@@ -206,9 +206,7 @@ def macro_weights(sliders: Mapping[str, np.ndarray], exists: set[str]) -> dict[s
                     for level, h in levels(s["height"], "minheight", "", "maxheight").items():
                         if level:
                             add(f"{stem}-{level}", build * h, f"{plain}-{level}")
-                    for level, p in levels(
-                        s["proportions"], "uncommonproportions", "", "idealproportions"
-                    ).items():
+                    for level, p in levels(s["proportions"], "uncommonproportions", "", "idealproportions").items():
                         if level:
                             add(f"{stem}-{level}", build * p, f"{plain}-{level}")
                     if gender == "female":

@@ -122,12 +122,14 @@ class CutGarments:
         waist = 0.95 + 0.06 * unit[1]
         if kind == 1:
             hem = 0.14 + 0.52 * unit[2]
-            return np.maximum.reduce([np.minimum(self.skirt(p), body) - 0.6 * thickness, hem - p[:, 1], p[:, 1] - waist])
+            return np.maximum.reduce(
+                [np.minimum(self.skirt(p), body) - 0.6 * thickness, hem - p[:, 1], p[:, 1] - waist]
+            )
         hem = 0.08 + 0.62 * unit[2]
         loose = thickness + 0.04 * unit[3] * np.clip(0.7 - p[:, 1], 0, 0.7)
         return np.maximum.reduce([body - loose, hem - p[:, 1], p[:, 1] - waist, np.abs(p[:, 0]) - 0.29])
 
-    def draw(self, part: str, items: int, count: int, rng: np.random.Generator) -> tuple[Draw, int, np.ndarray]:
+    def draw(self, part: str, items: int, count: int, rng: np.random.Generator) -> Draw:
         kind, q = self.params(part, rng)
         pool = self.pools[part]
         p = pool[rng.integers(len(pool), size=count)] + rng.normal(0, 1, (count, 3)) * rng.choice(
@@ -135,13 +137,15 @@ class CutGarments:
         )
         if kind == 1:
             half = count // 2
-            p[:half] = rng.uniform(self.skirt.lo, self.skirt.lo + self.skirt.step * np.array(self.skirt.values.shape), (half, 3))
+            p[:half] = rng.uniform(
+                self.skirt.lo, self.skirt.lo + self.skirt.step * np.array(self.skirt.values.shape), (half, 3)
+            )
         p = p.astype(np.float32)
         body = self.body(p).astype(np.float32)
         described = np.zeros(items + 2 + CUT_PARAMS, np.float32)
         described[items + kind] = 1
         described[items + 2 :] = q
-        return Draw(described, p, self.sdf(part, kind, q, p, body).astype(np.float32), body), kind, q
+        return Draw(described, p, self.sdf(part, kind, q, p, body).astype(np.float32), body)
 
 
 def pattern_mask(name: str, p: np.ndarray) -> np.ndarray:
@@ -191,18 +195,20 @@ class PartData:
 
     def field(self, count: int, rng: np.random.Generator) -> Draw:
         if rng.random() < self.cut_share:
-            return self.cut.draw(self.part, len(self.items), count, rng)[0]
+            return self.cut.draw(self.part, len(self.items), count, rng)
         i = int(rng.integers(len(self.items)))
         item = self.items[i]
         at = rng.integers(len(item["points"]), size=count)
         return Draw(self.describe(i), item["points"][at], item["sdf"][at], item["body"][at])
 
-    def color(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def color(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """described shape, described texture, palette, points, colours."""
         pattern = int(rng.integers(self.patterns)) if rng.random() < 0.7 else int(rng.integers(2))
         palette = rng.uniform(0.02, 0.98, 6).astype(np.float32)
         if rng.random() < self.cut_share:
-            draw, kind, q = self.cut.draw(self.part, len(self.items), 3 * count, rng)
+            draw = self.cut.draw(self.part, len(self.items), 3 * count, rng)
             near = np.argsort(np.abs(draw.sdf))[:count]
             described, points, shade = draw.described, draw.points[near], np.ones(len(near), np.float32)
             pattern = max(pattern, 1)
@@ -269,9 +275,7 @@ def make_nets(data: Path, part: str) -> tuple[PartGenerator, ShapeEncoder | None
 
 def smoothness(banks: nn.ModuleList) -> Tensor:
     """Mean squared difference of neighbouring texels: keeps unsupervised texels quiet."""
-    return sum(
-        (b.basis.diff(dim=-1) ** 2).mean() + (b.basis.diff(dim=-2) ** 2).mean() for b in banks
-    )  # type: ignore[return-value]
+    return sum((b.basis.diff(dim=-1) ** 2).mean() + (b.basis.diff(dim=-2) ** 2).mean() for b in banks)  # type: ignore[return-value]
 
 
 def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count: int = 3000, seed: int = 0) -> float:
@@ -285,7 +289,9 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
     else:
         trained["net"], trained["encoder"] = generator.tex, tex_encoder
         if shape_encoder is not None:  # the texture sees the finished shape code
-            shape_state = {k: v for k, v in load_file(run / f"{part}.shape.safetensors").items() if k.startswith("encoder.")}
+            shape_state = {
+                k: v for k, v in load_file(run / f"{part}.shape.safetensors").items() if k.startswith("encoder.")
+            }
             shape_encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in shape_state.items()})
     path = run / f"{net}.safetensors"
     done = 0
@@ -295,7 +301,9 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
     planes = [p for n, p in trained.named_parameters() if "basis" in n]
     rest = [p for n, p in trained.named_parameters() if "basis" not in n]
     first = 0.3 if done else 1.0
-    optimiser = torch.optim.Adam([{"params": planes, "lr": 0.02 * first}, {"params": rest, "lr": 0.003 * first}], betas=(0.9, 0.98), eps=1e-10)
+    optimiser = torch.optim.Adam(
+        [{"params": planes, "lr": 0.02 * first}, {"params": rest, "lr": 0.003 * first}], betas=(0.9, 0.98), eps=1e-10
+    )
     rates = [g["lr"] for g in optimiser.param_groups]
     rng = np.random.default_rng(seed + done)
     source = SkinData(data) if part == "body" else PartData(data, part)
@@ -321,7 +329,14 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
         steps += 1
         smooth = float(loss.detach()) if steps == 1 else 0.98 * smooth + 0.02 * float(loss.detach())
         if steps in (1, 10) or steps % 250 == 0:
-            log.info("%s step %d, %.0f %% of the time, loss %.5f, %.1f steps/s", net, done + steps, 100 * part_done, smooth, steps / (now + 1e-9))
+            log.info(
+                "%s step %d, %.0f %% of the time, loss %.5f, %.1f steps/s",
+                net,
+                done + steps,
+                100 * part_done,
+                smooth,
+                steps / (now + 1e-9),
+            )
         if time.monotonic() - saved > 120:
             _save(trained, path, done + steps, smooth)
             saved = time.monotonic()
@@ -377,3 +392,22 @@ def _color_loss(generator, planes, w_tex, points, colors) -> Tensor:
         predicted = generator.tex([plane[b : b + 1] for plane in planes], w_tex[b, :6], torch.from_numpy(p))
         loss = loss + (predicted - torch.from_numpy(c)).abs().mean()
     return loss / len(points)
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+SHARES = {  # of the training time; textures need the codes of the shapes
+    "top.shape": 0.14, "bottom.shape": 0.11, "hair.shape": 0.10, "shoes.shape": 0.05, "accessory.shape": 0.03,
+    "body.tex": 0.22, "top.tex": 0.13, "bottom.tex": 0.10, "hair.tex": 0.06, "shoes.tex": 0.04, "accessory.tex": 0.02,
+}  # fmt: skip
+
+
+def train_all(data: Path, run: Path, minutes: float, only: tuple[str, ...] = (), seed: int = 0) -> dict[str, float]:
+    """Train every network (or those in `only`) for its share of `minutes`; returns the smoothed losses.
+
+    Networks of different parts are independent: run one process per part on as many cores as there are, with the
+    shapes of a part before its texture.
+    """
+    chosen = {n: s for n, s in SHARES.items() if not only or n in only}
+    total = sum(chosen.values())
+    return {n: train(data, run, n, minutes * share / total, seed=seed) for n, share in chosen.items()}

@@ -44,9 +44,7 @@ FOOT = Volume("foot", (0.145, 0.11, 0.08), (0.135, 0.16, 0.18), mirror=True)
 WHOLE = Volume("whole", (0.0, 0.85, 0.12), (0.60, 0.92, 0.28))
 
 SMALL: dict[str, PartConfig] = {
-    "body": PartConfig(
-        (), (Bank(WHOLE, 8, 112), Bank(ARM, 8, 64), Bank(FACE, 12, 144), Bank(EYES, 14, 48))
-    ),
+    "body": PartConfig((), (Bank(WHOLE, 8, 112), Bank(ARM, 8, 64), Bank(FACE, 12, 144), Bank(EYES, 14, 48))),
     "hair": PartConfig((Bank(HEAD, 9, 96),), (Bank(HEAD, 9, 96),)),
     "top": PartConfig((Bank(TORSO, 16, 96), Bank(ARM, 12, 64)), (Bank(TORSO, 12, 128), Bank(ARM, 10, 64))),
     "bottom": PartConfig((Bank(LEGS, 16, 96), Bank(TORSO, 5, 64)), (Bank(LEGS, 10, 128), Bank(TORSO, 5, 64))),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The `people` family at work: seed -> codes -> one field that unites body, clothes and hair.
 
-    field space  = canonical space: the mean body, shared by all persons
-    s_k(x)       = s_body(x) + r_k(x; w_k)          distance to part k; where r_k < 0 the part covers the skin
-    s(x)         = min_k s_k(x)                     union; inner layers are kept below outer ones where those cover them
-    offset(x)    = sum_i a_i(x) d_i(w_body)         displacement of the K nearest control points, blended
+field space  = canonical space: the mean body, shared by all persons
+s_k(x)       = s_body(x) + r_k(x; w_k)          distance to part k; where r_k < 0 the part covers the skin
+s(x)         = min_k s_k(x)                     union; inner layers are kept below outer ones where those cover them
+offset(x)    = sum_i a_i(x) d_i(w_body)         displacement of the K nearest control points, blended
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PeopleNetworks(nn.Module):
         """`facts` is the JSON of the weights file's metadata: sizes that depend on the training data."""
         super().__init__()
         attributes = len(facts["attributes"])
-        self.body_shape = BodyDecoder(facts["controls"], 2 * len(facts["bones"]), BODY_DIM)
+        self.body_shape = BodyDecoder(facts["anchors"], 2 * len(facts["bones"]), facts["controls"], BODY_DIM)
         self.parts = nn.ModuleDict({name: PartGenerator(config) for name, config in SMALL.items()})
         self.mappings = nn.ModuleDict()
         self.mappings["body_shape"] = MappingNetwork(BODY_DIM, 0, BODY_DIM, 1)
@@ -62,18 +62,18 @@ class PeopleModel:
 
     name = "people"
 
-    def __init__(self, networks: PeopleNetworks, facts: Mapping[str, Any], device: torch.device, sha256: str | None) -> None:
+    def __init__(
+        self, networks: PeopleNetworks, facts: Mapping[str, Any], device: torch.device, sha256: str | None
+    ) -> None:
         self.device = device
         self.weights_sha256 = sha256
         self.networks = networks.to(device).eval().requires_grad_(False)
         self.bones = tuple(facts["bones"])
         self.parents = tuple(facts["parents"])
-        rest = self.networks.body_shape.rest.cpu().numpy()
-        self.controls = rest[: facts["controls"]]
-        self.tree = cKDTree(self.controls)
+        self.tree = cKDTree(self.networks.body_shape.rest_controls().cpu().numpy())
         self.bounds = torch.tensor(facts["bounds"], device=device)
         dominant = self.networks.control_skin_indices[
-            torch.arange(len(self.controls)), self.networks.control_skin_weights.argmax(1)
+            torch.arange(self.tree.n, device=device), self.networks.control_skin_weights.argmax(1)
         ].cpu()
         self.control_region = torch.tensor([region_of(n) for n in self.bones])[dominant.long()].to(device)
         self.region_density = {REGIONS.index("head"): 2.5, REGIONS.index("hand_l"): 1.3, REGIONS.index("hand_r"): 1.3}
@@ -237,7 +237,11 @@ def load(path: Path, device: torch.device, sha256: str | None) -> PeopleModel:
         if key.endswith("#scale"):
             continue
         scale = stored.get(key + "#scale")
-        state[key] = tensor if tensor.dtype == torch.uint8 else tensor.float() * (1 if scale is None else scale.float())
+        state[key] = (
+            tensor
+            if tensor.dtype in (torch.uint8, torch.int32)
+            else tensor.float() * (1 if scale is None else scale.float())
+        )
     try:
         networks.load_state_dict(state)
     except RuntimeError as error:

@@ -7,6 +7,8 @@ how far its surface is and what colour it has. Everything is in canonical space:
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ FAR = 0.06  # metres: the distance a part reports where none of its volumes reac
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with SiLU between."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([nn.SiLU()] if i < len(sizes) - 2 else [])
     return nn.Sequential(*layers)
 
@@ -33,12 +35,13 @@ class Mapping(nn.Module):
     def __init__(self, z_dim: int, condition_dim: int, w_dim: int, centres: int, width: int = 128) -> None:
         super().__init__()
         self.net = mlp(z_dim + condition_dim, width, width, w_dim)
+        self.skip = nn.Linear(z_dim, w_dim, bias=False)
         self.register_buffer("centres", torch.zeros(centres, w_dim))
 
     def forward(
         self, z: Float[Tensor, "B Z"], condition: Float[Tensor, "B A"], truncation_psi: float = 1.0
     ) -> Float[Tensor, "B W"]:
-        w = self.net(torch.cat([z, condition], 1))
+        w = self.skip(z) + self.net(torch.cat([z, condition], 1))
         centre = self.centres[torch.cdist(w, self.centres).argmin(1)]
         return centre + truncation_psi * (w - centre)
 
@@ -79,7 +82,7 @@ class LocalTexture(nn.Module):
     planes = LocalShape.planes
 
     def forward(
-        self, planes: list[Tensor], palette: Float[Tensor, "6"], points: Float[Tensor, "N 3"]
+        self, planes: list[Tensor], palette: Float[Tensor, 6], points: Float[Tensor, "N 3"]
     ) -> Float[Tensor, "N 3"]:
         """Colours in 0..1 (not clamped); mid grey where no volume reaches."""
         features, held = gather(self.banks, planes, points)
@@ -91,18 +94,23 @@ class LocalTexture(nn.Module):
 
 
 class BodyDecoder(nn.Module):
-    """w_shape of the body -> displacement of the control points and the joints: linear, with orthogonal columns."""
+    """w_shape of the body -> displacement of the control points, and the joints: a linear decoder."""
 
-    def __init__(self, controls: int, joints: int, dim: int) -> None:
+    def __init__(self, anchors: int, joints: int, controls: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("basis", torch.zeros(dim, controls + joints, 3))
-        self.register_buffer("rest", torch.zeros(controls + joints, 3))
-        self.controls = controls
+        self.anchors = anchors
+        self.register_buffer("basis", torch.zeros(dim, anchors + joints, 3))
+        self.register_buffer("rest", torch.zeros(anchors + joints, 3))
+        self.register_buffer("control_index", torch.zeros(controls, 4, dtype=torch.int32))  # each the mean of 4 anchors
+
+    def rest_controls(self) -> Float[Tensor, "P 3"]:
+        """Control points on the canonical body, metres."""
+        return self.rest[self.control_index.long()].mean(1)
 
     def forward(self, w: Float[Tensor, "1 W"]) -> tuple[Float[Tensor, "P 3"], Float[Tensor, "J 3"]]:
         """Displacements of the control points and positions of the joints, metres."""
         delta = torch.einsum("w,wpc->pc", w[0], self.basis)
-        return delta[: self.controls], (self.rest + delta)[self.controls :]
+        return delta[self.control_index.long()].mean(1), (self.rest + delta)[self.anchors :]
 
 
 class PartGenerator(nn.Module):
