@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 PROTOCOL_VERSION: Final = 1
 CLIENT_PREFIX: Final = "blender"
@@ -134,5 +134,5 @@ def _text(value: Any, limit: int) -> str:
     return "".join(c if c.isprintable() else " " for c in value[:limit])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

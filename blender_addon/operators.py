@@ -17,7 +17,7 @@ from . import preferences, scene, tasks
 from .client import Client
 from .messages import BackendError, Request
 from .packet import recipe_latents
-from .properties import MAX_SEED, active_human, request_properties
+from .properties import MAX_SEED, RANDOM_SEEDS, active_human, request_properties
 from .session import Job, Link
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class POPULACE_OT_generate(bpy.types.Operator):
         """The button: take the form's values."""
         form = context.scene.populace
         if form.randomise_seed:
-            form.seed = secrets.randbelow(MAX_SEED)
+            form.seed = secrets.randbelow(RANDOM_SEEDS)
         for name in request_properties():
             setattr(self, name, getattr(form, name))
         return self.execute(context)
@@ -268,7 +268,7 @@ class POPULACE_OT_new_seed(bpy.types.Operator):
     bl_options = {"UNDO", "INTERNAL"}  # noqa: RUF012
 
     def execute(self, context: bpy.types.Context) -> Result:
-        context.scene.populace.seed = secrets.randbelow(MAX_SEED)
+        context.scene.populace.seed = secrets.randbelow(RANDOM_SEEDS)
         return {"FINISHED"}
 
 

@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 MAX_ROWS: Final = 8
 _GREEN, _YELLOW, _RED, _GREY = "04", "03", "01", "09"
-_STAGES: Final = {"": "Starting"}
 
 
 def _safe(draw: Callable[..., None]) -> Callable[..., None]:
@@ -94,11 +93,11 @@ class POPULACE_PT_human(_Panel, bpy.types.Panel):
 def _draw_status(layout: Any, context: bpy.types.Context, state: Session | None) -> None:
     box = layout.box()
     color, sentence = _status(state)
-    row = box.row()
-    row.label(text=sentence, icon=compat.DOT_PREFIX + color)
     link = state.link if state is not None else Link.OFF
+    row = box.split(factor=0.7) if link is Link.OFF else box.row()
+    row.label(text=sentence, icon=compat.DOT_PREFIX + color)
     if link is Link.READY or link is Link.STARTING:
-        row.operator("populace.stop_backend", text="", icon="PAUSE" if link is Link.READY else "X", emboss=False)
+        row.operator("populace.stop_backend", text="", icon="QUIT" if link is Link.READY else "X", emboss=False)
     elif link is Link.OFF:
         row.operator("populace.start_backend", text="Start")
     if state is not None and state.error is not None and link in (Link.FAILED, Link.LOST):
@@ -125,7 +124,12 @@ def _status(state: Session | None) -> tuple[str, str]:
         return _RED, "Generator not available"
     if tasks.hold():
         return _YELLOW, tasks.hold()
+    worker = state.health.worker if state.health is not None else ""
+    if worker == "broken":
+        return _RED, "The generator's worker keeps failing"
     left = sum(not job.status.ended for job in state.jobs.values())
+    if worker == "starting":
+        return _YELLOW, "Loading the model"
     if left:
         return _GREEN, "Making 1 person" if left == 1 else f"Making {left} people"
     device = state.health.device if state.health is not None else ""
@@ -225,7 +229,7 @@ def _progress_text(job: Job) -> str:
     if status.state == "cancelling":
         return f"Seed {job.request.seed}  cancelling"
     left = _duration(status.eta_s)
-    return f"{_STAGES.get(status.stage, status.stage.capitalize())} {status.fraction:.0%}{left and f', {left} left'}"
+    return f"{status.stage.capitalize() or 'Starting'} {status.fraction:.0%}{left and f', {left} left'}"
 
 
 def _duration(value_s: float | None) -> str:

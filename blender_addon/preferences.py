@@ -44,7 +44,7 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         row.operator("populace.find_generator", icon="VIEWZOOM")
         row.operator("populace.copy_text", text="Copy Install Command", icon="COPYDOWN").text = INSTALL_COMMAND
         row.operator("populace.start_backend", icon="PLAY")
-        row.operator("populace.stop_backend", icon="PAUSE")
+        row.operator("populace.stop_backend", icon="QUIT")
 
 
 def python() -> str:

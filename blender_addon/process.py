@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from .api import Address, parse_address
 from .messages import BackendError, masked
@@ -115,8 +115,10 @@ def _quiet_folder() -> str:
 
 def runtime_folders() -> list[Path]:
     """Where a backend of this user may have left its runtime file; the same rules as `backend/settings.py`."""
+    if named := os.environ.get("POPULACE_RUNTIME_DIR"):
+        return [Path(named).expanduser()]
     if home := os.environ.get("POPULACE_HOME"):
-        return [Path(home) / "run"]
+        return [Path(home).expanduser() / "run"]
     temporary = Path(tempfile.gettempdir())
     if _IS_WINDOWS:
         local = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "Temp"
@@ -156,7 +158,7 @@ def read_runtime_file(path: Path) -> Address:
 
 # ----------------------------------------------------------------------------------------------------------- starting
 
-_left_alone: list[subprocess.Popen[bytes]] = []  # children that may still run, kept so that they can be reaped
+_left_alone: list[subprocess.Popen[Any]] = []  # children that may still run, kept so that they can be reaped
 
 
 class Child:
@@ -169,8 +171,10 @@ class Child:
         """Raises `BackendError` if the program cannot be run at all."""
         _left_alone[:] = [process for process in _left_alone if process.poll() is None]
         self._folder = Path(tempfile.mkdtemp(prefix="populace-start-"))
-        self._process: subprocess.Popen[bytes] | None = None
-        flags = {"creationflags": subprocess.CREATE_NO_WINDOW} if _IS_WINDOWS else {"start_new_session": True}
+        self._process: subprocess.Popen[Any] | None = None
+        flags: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in Blender's terminal is not meant for it
+        if sys.platform == "win32":
+            flags = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
         try:
             with open(self._folder / "ready", "wb") as ready, open(self._folder / "log", "wb") as errors:
                 self._process = subprocess.Popen(

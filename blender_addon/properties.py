@@ -10,6 +10,7 @@ import bpy
 from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 
 MAX_SEED: Final = 2**31 - 1  # Blender's integers; the backend takes more
+RANDOM_SEEDS: Final = 1_000_000  # numbers that a person can read out
 MAX_COUNT: Final = 100
 TEXTURE_SIZES: Final = [(str(n), f"{n} px", f"Maps of {n} x {n} pixels") for n in (512, 1024, 2048, 4096)]
 

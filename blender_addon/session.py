@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S: Final = 2.0
 SHUTDOWN_TIMEOUT_S: Final = 5.0
+MAX_CALLS: Final = 8  # at once; the backend refuses connections beyond 64, from all Blenders together
 
 
 class Link(Enum):
@@ -82,6 +83,7 @@ class Session:
         self._life: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._download = asyncio.Lock()  # one result at a time in memory
+        self._calls = asyncio.Semaphore(MAX_CALLS)
         self._news = asyncio.Event()
 
     # ---------------------------------------------------------------------------------------------- what callers ask
@@ -285,7 +287,8 @@ class Session:
 
     async def _send(self, api: Api, job: Job) -> None:
         try:
-            status = await api.submit(job.id, self.client, job.request.to_json())
+            async with self._calls:
+                status = await api.submit(job.id, self.client, job.request.to_json())
             if job.status.state == "queued" or status.ended:  # the event stream may have told newer things meanwhile
                 self._heard(api, status)
         except Unreachable:
@@ -296,7 +299,8 @@ class Session:
 
     async def _cancel(self, api: Api, job: Job) -> None:
         try:
-            await api.cancel(job.id)
+            async with self._calls:
+                await api.cancel(job.id)
         except Unreachable:
             pass
         except BackendError as error:  # unknown there: nothing to wait for
@@ -355,7 +359,7 @@ class Session:
             self._child = None
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+def _first(group: BaseExceptionGroup[Any]) -> Any:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
