@@ -389,7 +389,7 @@ class _Glb:
     def add_part(self, part: Part, name: str, skinned: bool) -> None:
         vertex, uv, faces = corners(part)
         vertex_data, indices = 34962, 34963  # GL_ARRAY_BUFFER, GL_ELEMENT_ARRAY_BUFFER
-        uvs = part.uvs[uv] * np.float32([1, -1]) + np.float32([0, 1])  # glTF counts from the top
+        uvs = part.uvs[uv] * np.array([1, -1], np.float32) + np.array([0, 1], np.float32)  # glTF counts from the top
         normals = _unit(part.normals)[vertex]
         attributes = {
             "POSITION": self.accessor(part.vertices[vertex], "VEC3", vertex_data, bounds=True),
@@ -428,7 +428,7 @@ class _Glb:
 def _unit(vectors: Array) -> Array:
     """Rows of length 1; a zero row (a vertex without area) points up."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.where(length > 0, vectors / np.maximum(length, 1e-20), np.float32([0, 1, 0])).astype(np.float32)
+    return np.where(length > 0, vectors / np.maximum(length, 1e-20), [[0, 1, 0]]).astype(np.float32)
 
 
 def _tangents(vertices: Array, normals: Array, uvs: Array, faces: Array) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -34,16 +35,16 @@ def start() -> Any:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["BLENDER_USER_RESOURCES"] = folder
     try:
-        import bpy
+        bpy: Any = importlib.import_module("bpy")  # it comes without types
     except ImportError as error:
         raise PopulaceError(
             "internal_error", f"This needs Blender as a Python module, which is not here ({error}).",
             'Install it with: pip install ".[blender]" (Python 3.11).'
         ) from None  # fmt: skip
-    import addon_utils
-
-    bpy.ops.wm.read_factory_settings(use_empty=True)
-    if addon_utils.enable("blender_addon", default_set=True) is None:
+    with quiet():
+        bpy.ops.wm.read_factory_settings(use_empty=True)
+        enabled = importlib.import_module("addon_utils").enable("blender_addon", default_set=True)
+    if enabled is None:
         raise PopulaceError("internal_error", "Blender cannot load the Populace add-on.", "Run again with --verbose.")
     return bpy
 
@@ -103,9 +104,7 @@ def light(bpy: Any, height_m: float) -> None:
         _aim(obj, place, target)
     world = scene.world or bpy.data.worlds.new("Studio")
     scene.world = world
-    if world.node_tree is None:
-        world.use_nodes = True
-    background = next(node for node in world.node_tree.nodes if node.type == "BACKGROUND")
+    background = _node(world, "BACKGROUND")
     background.inputs["Color"].default_value = (0.75, 0.8, 0.9, 1.0)
     background.inputs["Strength"].default_value = 0.12
 
@@ -177,10 +176,15 @@ def _bounds(objects: Sequence[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[An
 
 
 def _aim(obj: Any, place: tuple[float, float, float], target: tuple[float, float, float]) -> None:
-    from mathutils import Vector
-
     obj.location = place
-    obj.rotation_euler = (Vector(target) - Vector(place)).to_track_quat("-Z", "Y").to_euler()
+    obj.rotation_euler = (type(obj.location)(target) - obj.location).to_track_quat("-Z", "Y").to_euler()
+
+
+def _node(datablock: Any, kind: str) -> Any:
+    """A node of the tree that a new material or world has, or gets before Blender 5.0 when asked to."""
+    if datablock.node_tree is None:
+        datablock.use_nodes = True
+    return next(node for node in datablock.node_tree.nodes if node.type == kind)
 
 
 def _backdrop(bpy: Any) -> None:
@@ -196,9 +200,7 @@ def _backdrop(bpy: Any) -> None:
     mesh.from_pydata(vertices, [], faces)
     mesh.shade_smooth()
     material = bpy.data.materials.new("Backdrop")
-    if material.node_tree is None:
-        material.use_nodes = True
-    shader = next(node for node in material.node_tree.nodes if node.type == "BSDF_PRINCIPLED")
+    shader = _node(material, "BSDF_PRINCIPLED")
     shader.inputs["Base Color"].default_value = _GREY
     shader.inputs["Roughness"].default_value = 0.9
     mesh.materials.append(material)
