@@ -103,10 +103,12 @@ _EDGES, _KEPT, _CUBE_TRIANGLES, _CUBE_COUNT = _cube_table()
 def interpolate(
     values: Float[Tensor, "V C"], sdf: Float[Tensor, " V"], edges: Int[Tensor, "M 2"]
 ) -> Float[Tensor, "M C"]:
-    """`values` where the field, linear along each edge, is zero (DMTet, eq. 3)."""
+    """`values` where the field, linear along each edge, is zero (DMTet, eq. 3). Swapping the ends changes no bit."""
     a, b = edges.unbind(1)
-    t = (sdf[a] / (sdf[a] - sdf[b])).clamp(_KEEP_OFF, 1 - _KEEP_OFF)[:, None]
-    return values[a] * (1 - t) + values[b] * t
+    difference = sdf[a] - sdf[b]
+    to_a = (-sdf[b] / difference).clamp(_KEEP_OFF, 1 - _KEEP_OFF)
+    to_b = (sdf[a] / difference).clamp(_KEEP_OFF, 1 - _KEEP_OFF)
+    return values[a] * to_a[:, None] + values[b] * to_b[:, None]
 
 
 def unique_edges(tets: Int[Tensor, "T 4"]) -> tuple[Int[Tensor, "E 2"], Int[Tensor, "T 6"]]:
@@ -160,27 +162,30 @@ def marching_tetrahedra(
 
 @dataclass(frozen=True)
 class Lattice:
-    """The nodes of a cubic lattice through the origin that lie in a box: index `low` to `high`, both included."""
+    """The cubic lattice through the origin that covers a box: nodes of index `low` to `high`, both included. The
+    outermost nodes lie on the box, so nobody is asked about points beyond it."""
 
     spacing: float  # metres
     low: Int[np.ndarray, " 3"]
     high: Int[np.ndarray, " 3"]
+    box: Float[np.ndarray, "2 3"]
 
     @classmethod
     def of(cls, bounds: Float[Tensor, "2 3"], grid_resolution: int) -> Lattice:
         """`grid_resolution` cells along the longest side of the box."""
-        box = bounds.detach().double().cpu().numpy()
-        spacing = float(np.float32((box[1] - box[0]).max() / grid_resolution))
-        return cls(spacing, np.ceil(box[0] / spacing).astype(np.int64), np.floor(box[1] / spacing).astype(np.int64))
+        box = bounds.detach().float().cpu().numpy()
+        spacing = float((box[1] - box[0]).max() / grid_resolution)
+        index = box / np.float32(spacing)  # nodes less than a thousandth of a cell beyond are left out
+        return cls(spacing, np.floor(index[0] + 1e-3).astype(int), np.ceil(index[1] - 1e-3).astype(int), box)
 
     @property
     def cells(self) -> Int[np.ndarray, " 3"]:
         return self.high - self.low
 
     def points(self, index: Int[np.ndarray, "N 3"], device: torch.device) -> Float[Tensor, "N 3"]:
-        """Node coordinates, counted from `low`; beyond `high` they stop there."""
-        index = np.minimum(index, self.cells) + self.low
-        return torch.from_numpy(index.astype(np.float32) * np.float32(self.spacing)).to(device)
+        """Places of nodes, counted from `low`; what lies beyond the box is moved onto it."""
+        places = (index + self.low).astype(np.float32) * np.float32(self.spacing)
+        return torch.from_numpy(places.clip(*self.box)).to(device)
 
     def on_border(self, index: Int[np.ndarray, "N 3"]) -> np.ndarray:
         return ((index <= 0) | (index >= self.cells)).any(1)

@@ -77,21 +77,22 @@ def _atlas(
     frames = _frames(vertices[faces].mean(1), areas, face_region)
     twins = half_edge_twins(faces, len(vertices))
     same_region = (twins >= 0) & (face_region[twins // 3] == face_region[:, None])
-    twins = np.where(same_region, twins, -1)
 
     cosines = np.einsum("fi,fdi->fd", normals, frames[face_region])
     cosines = np.concatenate([cosines, -cosines], 1)  # towards +x, +y, +z, -x, -y, -z of the frame
-    side = _smooth(cosines.argmax(1), cosines, twins)
+    side = _smooth(cosines.argmax(1), cosines, np.where(same_region, twins, -1))
+    side += 6 * face_region
+    directions = np.concatenate([frames, -frames], 1).reshape(-1, 3)
     for _ in range(3):
-        side = _merge_tiny(side, cosines, twins)
-    direction = frames[face_region, side % 3] * np.where(side < 3, 1, -1)[:, None]
-    flat = _project(vertices, faces, direction, frames[face_region, (side + 1) % 3])
+        side = _merge_tiny(side, twins, normals, directions)
+    direction, x_axis = directions[side], directions[side // 6 * 6 + (side + 1) % 3]
+    flat = _project(vertices, faces, direction, x_axis)
     depth = np.einsum("fi,fi->f", vertices[faces].mean(1), direction)
     chart, count = _charts(side, twins)
     layer, rounds = side, 0
     while (hidden := _hidden(flat, chart, count, depth, float(np.sqrt(areas.mean())))).any():
         rounds += 1  # after a few rounds every face that is still hidden gets a chart of its own
-        fresh = 6 * rounds + layer if rounds < 6 else 6 * rounds + np.arange(len(faces))
+        fresh = layer + len(directions) if rounds < 6 else rounds * len(directions) + np.arange(len(faces))
         layer = np.where(hidden, fresh, layer)
         chart, count = _charts(layer, twins)
 
@@ -158,18 +159,22 @@ def _smooth(side, cosines, twins):
 
 
 def _merge_tiny(
-    side: Int[np.ndarray, " F"], cosines: Float[np.ndarray, "F 6"], twins: Int[np.ndarray, "F 3"]
+    side: Int[np.ndarray, " F"],
+    twins: Int[np.ndarray, "F 3"],
+    normals: Float[np.ndarray, "F 3"],
+    directions: Float[np.ndarray, "D 3"],
 ) -> Int[np.ndarray, " F"]:
-    """Give each tiny chart the side of the larger neighbour with the longest common border that all its faces bear."""
+    """Give each tiny chart the side of the larger neighbour with which it has the longest border, of those whose
+    direction all its faces bear. That may be in another region."""
     chart, count = _charts(side, twins)
     size = np.bincount(chart, minlength=count)
-    face, i = np.nonzero((twins >= 0) & (size[chart] < _TINY)[:, None])
-    other = twins[face, i] // 3
-    larger = (chart[other] != chart[face]) & (size[chart[other]] > size[chart[face]])
-    border = np.zeros((count, 6))
-    np.add.at(border, (chart[face[larger]], side[other[larger]]), 1)
-    worst = np.ones((count, 6))
-    np.minimum.at(worst, chart, cosines)
+    tiny = np.nonzero(size[chart] < _TINY)[0]
+    face, other = np.repeat(tiny, 3), twins[tiny].reshape(-1) // 3
+    larger = (other >= 0) & (size[chart[other]] > size[chart[face]])
+    cell = chart[face[larger]] * len(directions) + side[other[larger]]
+    border = np.bincount(cell, minlength=count * len(directions)).reshape(count, -1)
+    worst = np.ones((count, len(directions)))
+    np.minimum.at(worst, chart[tiny], normals[tiny] @ directions.T)
     border[worst < _STEEPEST / 2] = 0
     return np.where(border[chart].any(1), border.argmax(1)[chart], side)
 
@@ -261,11 +266,11 @@ def _pack(
     local = np.where(lying[owner, None], turned, local)
     low, high = np.minimum.reduceat(local, starts), np.maximum.reduceat(local, starts)
     size = high - low
-    order = np.argsort(-size[:, 1], kind="stable")
     margin = gap(texture_size)
     room = texture_size - margin  # half a margin at each border
     fits, fails = 0.0, 1.5 * room / np.sqrt(np.maximum(size[:, 0] * size[:, 1], 1e-12).sum())
-    corner = None
+    corner = np.empty((count, 2))
+    orders = [np.argsort(-key, kind="stable") for key in (size[:, 1], size[:, 0], size.prod(1))]
     while fits == 0.0 or fails - fits > 2e-3 * fits:
         texels = (fits + fails) / 2
         if texels * size.max() < 1e-3:
@@ -274,15 +279,15 @@ def _pack(
                 "Take a larger texture or fewer faces."
             )  # fmt: skip
         cells = np.ceil(size * texels).astype(np.int64) + margin
-        placed = _skyline(cells[order], room)
-        if len(placed):
-            corner = np.empty((count, 2))
-            corner[order] = placed
-            fits = texels
+        for order in orders:
+            placed = _skyline(cells[order], room)
+            if len(placed):
+                corner[order] = placed
+                fits = texels
+                break
         else:
             fails = texels
-    assert corner is not None
-    return ((local - low[owner]) * fits + corner[owner] + margin / 2 + margin / 2) / texture_size, fits
+    return ((local - low[owner]) * fits + corner[owner] + margin) / texture_size, fits
 
 
 @numba.njit(cache=True, nogil=True)
