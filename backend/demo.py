@@ -26,7 +26,7 @@ from blender_addon.packet import Human
 
 PEOPLE = 3
 PICTURE_SIZE = (1280, 720)
-_MADE = 0.6  # share of making the people in the whole, the rest is Blender and rendering
+_STARTED, _MADE, _INSERTED = 0.04, 0.5, 0.52  # of the whole; the rest is rendering
 
 
 def run(out: Path, seed: int, family: str) -> None:
@@ -44,10 +44,10 @@ def run(out: Path, seed: int, family: str) -> None:
             facts["insert_s"], found = studio.insert(bpy, human, i, len(people))
             objects += found
         studio.light(bpy, max(human.height_m for human, _ in people))
-        progress.show("rendering", _MADE + 0.05)
+        progress.show("rendering", _INSERTED)
         start = time.perf_counter()
         studio.photograph(bpy, objects, out / "people.png", PICTURE_SIZE,
-                          lambda f: progress.show("rendering", _MADE + 0.05 + (0.95 - _MADE) * f))  # fmt: skip
+                          lambda f: progress.show("rendering", _INSERTED + (1 - _INSERTED) * f))  # fmt: skip
         seconds["render"] = time.perf_counter() - start
         studio.save(bpy, out / "people.blend")
     seconds["total"] = time.perf_counter() - begin
@@ -70,9 +70,10 @@ def _make(requests: Sequence[Request], out: Path, progress: Progress) -> list[tu
         nonlocal job
         job = status.id
         done = len(people) + (status.fraction if status.state == "running" else status.state == "done")
-        progress.show(f"person {len(people) + 1} of {PEOPLE}: {status.stage or status.state}", _MADE * done / PEOPLE)
+        whole = _STARTED + (_MADE - _STARTED) * done / len(requests)
+        progress.show(f"person {len(people) + 1} of {len(requests)}: {status.stage or status.state}", whole)
 
-    progress.show("starting the backend", 0.02)
+    progress.show("starting the backend", _STARTED / 2)
     try:
         for request, human in zip(requests, Client(sys.executable, heard).generate_all(requests)):
             facts = {"seed": request.seed, "family": request.family, "height_m": human.height_m,

@@ -177,12 +177,13 @@ def _bounds(objects: Sequence[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[An
 
 def _aim(obj: Any, place: tuple[float, float, float], target: tuple[float, float, float]) -> None:
     obj.location = place
-    obj.rotation_euler = (type(obj.location)(target) - obj.location).to_track_quat("-Z", "Y").to_euler()
+    towards = importlib.import_module("mathutils").Vector(target) - obj.location
+    obj.rotation_euler = towards.to_track_quat("-Z", "Y").to_euler()
 
 
 def _node(datablock: Any, kind: str) -> Any:
     """A node of the tree that a new material or world has, or gets before Blender 5.0 when asked to."""
-    if datablock.node_tree is None:
+    if not datablock.node_tree:
         datablock.use_nodes = True
     return next(node for node in datablock.node_tree.nodes if node.type == kind)
 

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import struct
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 
 from backend import packet
 from backend.protocol import PopulaceError
+from tests.backend.khronos import find_validator, validate
 from tests.contract import golden
 from tests.contract.packet_lies import GOLDEN, LIES
 
@@ -122,22 +122,6 @@ def test_glb_weights_name_each_joint_once() -> None:
     assert weights[3].tolist() == [0.75, 0, 0.25, 0]
     assert joints[3].tolist() == [1, 0, 0, 0]
     assert joints.dtype == np.uint8
-
-
-def find_validator() -> Path | None:
-    """A node script next to an installed gltf-validator: in $GLTF_VALIDATOR_HOME or where npm puts global modules."""
-    homes = [os.environ.get("GLTF_VALIDATOR_HOME", ""), "/usr/local/lib", "/usr/lib", "."]
-    return next((Path(h).resolve() for h in homes if h and (Path(h) / "node_modules/gltf-validator").is_dir()), None)
-
-
-def validate(glb: Path) -> dict:
-    """The Khronos validator's report."""
-    script = (
-        "const v = require(process.argv[1] + '/node_modules/gltf-validator'), fs = require('fs');"
-        "v.validateBytes(new Uint8Array(fs.readFileSync(process.argv[2]))).then(r => console.log(JSON.stringify(r)));"
-    )
-    command = ["node", "-e", script, str(find_validator()), str(glb)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
 
 
 @pytest.mark.skipif(find_validator() is None, reason="npm package gltf-validator is not installed")
