@@ -63,6 +63,10 @@ class Api:
     async def cancel(self, job_id: str) -> None:
         await self._json("DELETE", f"/v1/jobs/{job_id}")
 
+    async def restart_worker(self) -> Health:
+        """Let the backend try again to start its worker, after it gave up."""
+        return Health.from_json(await self._json("POST", "/v1/worker/restart", {}))
+
     async def shutdown(self) -> None:
         await self._json("POST", "/v1/shutdown", {})
 

@@ -30,6 +30,13 @@ class BackendError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
 
+    def __eq__(self, other: object) -> bool:
+        """Equal in what they say, so that a status heard again is not news."""
+        return isinstance(other, BackendError) and (self.code, str(self)) == (other.code, str(other))
+
+    def __hash__(self) -> int:
+        return hash((self.code, str(self)))
+
 
 class BadReply(BackendError):
     """The other side does not keep to the protocol."""
@@ -93,14 +100,16 @@ class Health:
     protocol: int
     version: str
     device: str
-    worker: str
+    worker: str  # "starting", "ready", "busy", "stopped", "broken"
+    worker_error: BackendError | None = None  # why it is broken
 
     @classmethod
     def from_json(cls, raw: Any) -> Health:
         if not isinstance(raw, dict) or type(raw.get("protocol")) is not int:
             raise BadReply("a greeting without a protocol version")
+        error = error_from_json(raw["worker_error"]) if raw.get("worker_error") else None
         return cls(raw["protocol"], _text(raw.get("version"), 40), _text(raw.get("device"), 40),
-                   _text(raw.get("worker"), 40))  # fmt: skip
+                   _text(raw.get("worker"), 40), error)  # fmt: skip
 
     def check(self) -> None:
         """Raises `BackendError` that says which side to update."""

@@ -192,7 +192,8 @@ class POPULACE_OT_start_backend(bpy.types.Operator):
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         state = tasks.session()
-        if state is not None and state.link in (Link.STARTING, Link.READY, Link.STOPPING):
+        busy = state is not None and state.link in (Link.STARTING, Link.READY, Link.STOPPING)
+        if state is not None and busy and state.trouble is None:
             cls.poll_message_set("The generator is running" if state.link is Link.READY else "Wait a moment")
             return False
         return True
@@ -201,7 +202,7 @@ class POPULACE_OT_start_backend(bpy.types.Operator):
         if not preferences.refresh():
             self.report({"ERROR"}, "The generator was not found: choose its Python in the add-on's preferences")
             return {"CANCELLED"}
-        tasks.working_session().connect()
+        tasks.working_session().restart()
         return {"FINISHED"}
 
 
@@ -346,7 +347,7 @@ class POPULACE_OT_copy_error(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> Result:
         state, job = tasks.session(), _job(self.job_id)
-        error = job.status.error if job is not None else state.error if state is not None else None
+        error = job.status.error if job is not None else state.trouble if state is not None else None
         if error is None:
             self.report({"WARNING"}, "There is no error to copy")
             return {"CANCELLED"}

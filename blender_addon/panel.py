@@ -100,10 +100,10 @@ def _draw_status(layout: Any, context: bpy.types.Context, state: Session | None)
         row.operator("populace.stop_backend", text="", icon="QUIT" if link is Link.READY else "X", emboss=False)
     elif link is Link.OFF:
         row.operator("populace.start_backend", text="Start")
-    if state is not None and state.error is not None and link in (Link.FAILED, Link.LOST):
-        _draw_error(box, context, state.error)
+    if state is not None and state.trouble is not None:
+        _draw_error(box, context, state.trouble)
         row = box.row(align=True)
-        if state.error.code == "not_installed":
+        if state.trouble.code == "not_installed":
             row.operator("populace.choose_python", text="Choose Python...", icon="FILEBROWSER")
         else:
             row.operator("populace.start_backend", text="Restart Generator", icon="FILE_REFRESH")
@@ -124,9 +124,9 @@ def _status(state: Session | None) -> tuple[str, str]:
         return _RED, "Generator not available"
     if tasks.hold():
         return _YELLOW, tasks.hold()
+    if state.trouble is not None:
+        return _RED, "Generator keeps failing"
     worker = state.health.worker if state.health is not None else ""
-    if worker == "broken":
-        return _RED, "The generator's worker keeps failing"
     left = sum(not job.status.ended for job in state.jobs.values())
     if worker == "starting":
         return _YELLOW, "Loading the model"

@@ -104,6 +104,18 @@ class Session:
             self._set(Link.STARTING, "Looking for the generator")
             self._life = self._loop.create_task(self._live())
 
+    @property
+    def trouble(self) -> BackendError | None:
+        """What a person has to look at: the connection's error, or that the backend's worker keeps failing."""
+        return self.error or (self.health.worker_error if self.health is not None else None)
+
+    def restart(self) -> None:
+        """After trouble: connect again, or let the backend start its worker again."""
+        if self._api is None:
+            self.connect()
+        elif self.trouble is not None:
+            self._spawn(self._restart_worker(self._api))
+
     def submit(self, job: Job) -> None:
         self.jobs[job.id] = job
         if self._api is not None:
@@ -263,6 +275,13 @@ class Session:
         async with asyncio.TaskGroup() as group:
             group.create_task(listen())
             group.create_task(watch())
+
+    async def _restart_worker(self, api: Api) -> None:
+        try:
+            self.health = await api.restart_worker()
+        except BackendError as error:
+            log.warning("worker restart: %s", error)
+        self.touch()
 
     async def _stop(self, api: Api | None, cancelled: list[Job]) -> None:
         if api is not None and self._life is not None:

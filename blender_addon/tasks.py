@@ -185,7 +185,7 @@ def _file_loaded(*_: Any) -> None:
         return
     for job in _bridge.session.jobs.values():
         if job.is_open or (job.human is not None and not job.taken):
-            job.note = "Goes into the file opened since"
+            job.note = "Goes into the newly opened file"
     _bridge.session.touch()
     working_session()  # loading a file must never leave us without the timer
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+IDLE_S = 1.0  # without a lease, then it ends
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 
@@ -204,9 +205,9 @@ async def _main(mode: str) -> None:
             await asyncio.sleep(0.1)
             os._exit(9)
         idle = 0.0
-        while not fake.stopped.is_set() and idle < 5:
-            await asyncio.sleep(0.1)
-            idle = 0.0 if fake.leases else idle + 0.1
+        while not fake.stopped.is_set() and idle < IDLE_S:
+            await asyncio.sleep(0.05)
+            idle = 0.0 if fake.leases else idle + 0.05
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_undo_during_a_batch_makes_the_collection_anew_and_says_so(faked: Simple
 def test_file_load_during_a_job_puts_the_person_into_the_new_file(faked: SimpleNamespace) -> None:
     job = submit(faked)[0]
     faked.bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
-    assert "file opened since" in job.note
+    assert "newly opened file" in job.note
     pump_until(faked, lambda: job.taken)
     assert len(people(faked.bpy)) == 1
     assert faked.tasks.session().link is faked.session.Link.READY, "the backend survives loading a file"
