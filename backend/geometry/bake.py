@@ -2,8 +2,8 @@
 """Textures of a coarse mesh from the field and the fine surface that it stands for.
 
 Every texel is taken from its place on the coarse mesh to the closest point of the fine mesh, walking over fine faces
-from the texel before: the walk cannot jump to the other side of a cuff or to the next finger. There the field gives
-the colour and the fine mesh the normal.
+from a corner of its coarse face: the walk cannot jump to the other side of a cuff or to the next finger. There the
+field gives the colour and the fine mesh the normal.
 
 Tangent space as MikkTSpace (Mikkelsen 2008) has it, which Blender and glTF use: per uv vertex, the direction of
 growing u in each face, turned into the plane of the vertex normal and averaged by angle; bitangent = sign * (normal x
@@ -45,8 +45,8 @@ def bake(field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, ste
     tangents = _tangents(vertices, faces, normals, uvs, corners)
     fine_normals = _smooth_normals(fine_vertices, fine_faces)
     twins = half_edge_twins(fine_faces, len(fine_vertices))
-    tree = cKDTree(fine_vertices, balanced_tree=False, compact_nodes=False)
-    start = _face_of_vertex(fine_faces, len(fine_vertices))[tree.query(vertices)[1]]
+    tree = cKDTree(_array(fine.points), balanced_tree=False, compact_nodes=False)
+    start = _face_of_vertex(fine_faces, len(fine_vertices))[tree.query(_array(mesh.points))[1]]
     step("bake", 0.1)
 
     begin = np.zeros(len(faces) + 1, np.int64)
@@ -197,6 +197,7 @@ def _gather(
         at = begin[f]
         sign = tangents[a, 3]
         row_start = start[faces[f, 0]]
+        far = 0.01 * _squared_side(vertices, faces[f])
         for y in range(y0, y1 + 1):
             hit, first_in_row = row_start, True
             for x in range(x0, x1 + 1):
@@ -212,7 +213,12 @@ def _gather(
                     place[k] = wa * vertices[i, k] + wb * vertices[j, k] + wc * vertices[m, k]
                     n[k] = wa * normals[i, k] + wb * normals[j, k] + wc * normals[m, k]
                     t[k] = wa * tangents[a, k] + wb * tangents[b, k] + wc * tangents[c, k]
-                hit, u, v, w = _walk(place, hit, fine_vertices, fine_faces, twins)
+                hit, u, v, w, distance = _walk(place, hit, fine_vertices, fine_faces, twins)
+                if distance > far:  # down into the wrong side of a crease? look from every corner
+                    for k in range(3):
+                        other = _walk(place, start[faces[f, k]], fine_vertices, fine_faces, twins)
+                        if other[4] < distance:
+                            hit, u, v, w, distance = other
                 if first_in_row:
                     row_start, first_in_row = hit, False
                 i, j, m = fine_faces[hit]
@@ -222,6 +228,16 @@ def _gather(
                 _encode(smooth, n, t, sign, normal[at])
                 texels[at] = (size - 1 - y) * size + x
                 at += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _squared_side(vertices, face):
+    """Square of the shortest side of a face."""
+    least = np.inf
+    for i in range(3):
+        a, b = vertices[face[i]], vertices[face[(i + 1) % 3]]
+        least = min(least, (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2)
+    return least
 
 
 @numba.njit(cache=True, nogil=True)
@@ -245,7 +261,8 @@ def _encode(smooth, n, t, sign, out):
 
 @numba.njit(cache=True, nogil=True)
 def _walk(p, face, vertices, faces, twins):
-    """The point of the surface closest to p, found downhill from `face`: that face and barycentric coordinates."""
+    """The point of the surface closest to p, found downhill from `face`: the face that has it, its barycentric
+    coordinates, and its squared distance."""
     u, v, w, best, feature = _closest(p, face, vertices, faces)
     for _ in range(256):
         moved = False
@@ -266,7 +283,7 @@ def _walk(p, face, vertices, faces, twins):
                 half = twins[half // 3, (half + 1) % 3]
         if not moved:
             break
-    return face, u, v, w
+    return face, u, v, w, best
 
 
 @numba.njit(cache=True, nogil=True)

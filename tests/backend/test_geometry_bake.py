@@ -78,7 +78,8 @@ def test_colours_are_the_fields(field):
     place = torch.from_numpy(place).float()
     near = torch.cat([field.color(place + d) for d in 0.008 * torch.cat([torch.eye(3), -torch.eye(3)])[:, None]])
     near = near.reshape(6, -1, 3)
-    plain = ((near - near[0]).abs().amax((0, 2)) == 0).numpy()  # a few texels away from the borders of the stripes
+    plain = ((near - near[0]).abs().amax((0, 2)) == 0).numpy()
+    plain &= (field.sdf(place).abs() < 2e-3).numpy()  # a few texels off the stripes' borders; not across a crease
     assert plain.mean() > 0.7
     baked = textures.base_color.numpy()[row, column].astype(float)
     assert np.abs(baked - 255 * near[0].double().numpy())[plain].max() <= 2
@@ -153,7 +154,7 @@ def test_the_field_is_asked_once_on_its_own_surface():
 def test_texels_outside_the_charts_take_the_nearest_covered_one():
     corner = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
-    flat = torch.tensor([[0.05, 0.05], [0.3, 0.1], [0.1, 0.3]])
+    flat = torch.tensor([[0.053, 0.047], [0.313, 0.111], [0.097, 0.317]])
     uvs = torch.cat([flat, flat + 0.6, flat + torch.tensor([0.6, 0.0]), flat + torch.tensor([0.1, 0.5])])
     mesh = TriMesh(corner, faces, corner, uvs, torch.arange(12).reshape(4, 3))
     field = Shape(ball(), color=lambda p: p)
