@@ -22,7 +22,7 @@ from .packet import Human, Part, Rig
 
 log = logging.getLogger(__name__)
 
-SPACING_M: Final = 1.0  # between the people of a batch
+SPACING_M: Final = 1.4  # between the people of a batch, who hold their arms away from the body
 ROUGHNESS: Final = 0.75  # of skin and cloth alike
 MIN_BONE_M: Final = 0.005  # Blender deletes bones without length
 WEIGHT_STEPS: Final = 512  # skin weights are rounded to 1/512: vertices of one weight are then written in one call

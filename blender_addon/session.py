@@ -223,7 +223,7 @@ class Session:
                 continue
             self.error = error
             if was_ready and isinstance(error, Unreachable):
-                self.error = BackendError("backend_lost", "The generator stopped unexpectedly.", "Restart it.")
+                self.error = BackendError("backend_lost", "The generator stopped unexpectedly.")
             self._set(Link.LOST if was_ready else Link.FAILED)
             return
 

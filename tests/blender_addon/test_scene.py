@@ -103,7 +103,7 @@ def test_a_batch_stands_in_a_row_in_one_collection(addon: SimpleNamespace) -> No
     human = addon.packet.read(making.packet(rings=4))
     batch = addon.scene.Batch("Humans 7-9", 3, (1.0, 2.0, 0.0))
     roots = [addon.scene.insert(addon.bpy.context, human, batch, i)[0] for i in range(3)]
-    assert [round(root.location.x, 5) for root in roots] == [0.0, 1.0, 2.0]
+    assert [round(root.location.x, 5) for root in roots] == [-0.4, 1.0, 2.4]
     assert {c.name for root in roots for c in root.users_collection} == {"Humans 7-9"}
     assert len({root.populace.uuid for root in roots}) == 3
     assert {o.name for o in addon.bpy.context.view_layer.objects.selected} == {
