@@ -42,6 +42,7 @@ class Guard:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         try:
+            self._check_size(scope)
             self._check_head(scope["headers"])
             body = await self._read_body(scope["headers"], receive)
         except PopulaceError as error:
@@ -57,6 +58,12 @@ class Guard:
             return message if message is not None else await receive()
 
         await self._app(scope, replay, send)
+
+    def _check_size(self, scope: MutableMapping[str, Any]) -> None:
+        """uvicorn counts only heads that come in pieces."""
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) for k, v in scope["headers"])
+        if size > MAX_HEAD_BYTES:
+            raise PopulaceError("too_large", f"The head is larger than {MAX_HEAD_BYTES} bytes.", "Send less.")
 
     def _check_head(self, headers: list[tuple[bytes, bytes]]) -> None:
         named: dict[bytes, list[bytes]] = {}
@@ -114,9 +121,9 @@ class Connection(H11Protocol):
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._watch_reading()
-        if len(self.connections) > MAX_CONNECTIONS:
-            idle = [c for c in self.connections if isinstance(c, Connection) and c.is_idle]
-            min(idle, key=lambda c: c.since).transport.abort()  # this one at least is idle
+        alive = [c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing()]
+        if len(alive) > MAX_CONNECTIONS:  # the one that idled longest makes room; this one at least is idle
+            min((c for c in alive if c.is_idle), key=lambda c: c.since).transport.abort()
 
     @property
     def is_idle(self) -> bool:

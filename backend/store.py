@@ -137,12 +137,10 @@ class JobStore:
         try:
             yield
         except OSError as error:
-            try:
-                free = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB are free"
-            except OSError:
-                free = "it cannot be read"
+            there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             raise PopulaceError(
-                "out_of_disk", f"{self.folder} cannot be used: {error.strerror or type(error).__name__}; {free}.",
+                "out_of_disk", f"{self.folder} cannot be used: {error.strerror or type(error).__name__}; "
+                f"{shutil.disk_usage(there).free / 1e6:.0f} MB are free.",
                 "Make room there, allow writing, or choose another folder with --data-dir."
             ) from error  # fmt: skip
 
