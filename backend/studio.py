@@ -111,7 +111,7 @@ def light(bpy: Any, height_m: float) -> None:
 
 def photograph(
     bpy: Any, objects: Sequence[Any], path: Path, size: tuple[int, int], report: Callable[[float], None],
-    samples: int = 12,
+    samples: int = 8,
 ) -> None:
     """Render `objects` with Cycles on the CPU into a PNG: a long lens at chest height that just frames them.
 
