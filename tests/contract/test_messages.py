@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the add-on says and hears, and what the backend hears and says: two texts, one meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+
+from backend import protocol
+from blender_addon import messages
+from tests.contract import golden
+
+
+def test_both_sides_speak_the_same_version() -> None:
+    assert messages.PROTOCOL_VERSION == protocol.PROTOCOL_VERSION
+    assert set(get_args(protocol.JobState)) == messages.JOB_STATES
+    assert messages.ENDED == protocol.ENDED
+
+
+def test_the_addons_defaults_are_the_backends() -> None:
+    said = messages.Request().to_json()
+    assert protocol.parse_request(json.loads(json.dumps(said))) == protocol.GenerateRequest()
+    assert said == protocol.GenerateRequest().model_dump(include=set(said))
+
+
+def test_every_field_of_a_request_arrives() -> None:
+    asset = golden.asset()
+    latents = {name: codes.tolist() for name, codes in asset.latents.items()}
+    request = messages.Request(
+        seed=2**53 - 1, family="capsule", truncation_psi=1, latents=latents, parameters={"single": True},
+        grid_resolution=64, faces=500, texture_size=4096,
+    )  # fmt: skip
+    heard = protocol.parse_request(protocol.parse_json(json.dumps(request.to_json()).encode()))
+    for field in dataclasses.fields(request):
+        assert getattr(heard, field.name) == getattr(request, field.name), field.name
+
+
+@pytest.mark.parametrize("state", get_args(protocol.JobState))
+def test_every_status_is_understood(state: str) -> None:
+    error = protocol.Error(code="empty_surface", message="Seed 3 gave no surface.", hint="Try another seed.")
+    said = protocol.JobStatus(id="0" * 32, client="blender-1", state=state, stage="bake", fraction=0.5, eta_s=1.5,
+                              error=error if state == "failed" else None)  # fmt: skip
+    heard = messages.Status.from_json(json.loads(said.model_dump_json()))
+    assert (heard.id, heard.state, heard.stage, heard.fraction, heard.eta_s) == ("0" * 32, state, "bake", 0.5, 1.5)
+    assert heard.ended == (state in protocol.ENDED)
+    if state == "failed":
+        assert heard.error is not None
+        assert (heard.error.code, heard.error.message, heard.error.hint) == (error.code, error.message, error.hint)
+
+
+def test_the_greeting_is_understood_and_versions_are_compared() -> None:
+    said = protocol.Health(protocol=1, version="0.1.0", pid=1, device="cpu", worker="ready")
+    heard = messages.Health.from_json(json.loads(said.model_dump_json()))
+    heard.check()
+    assert (heard.version, heard.device, heard.worker) == ("0.1.0", "cpu", "ready")
+    for version, side in ((0, "pip install"), (2, "Update the Populace add-on")):
+        other = messages.Health.from_json(json.loads(said.model_copy(update={"protocol": version}).model_dump_json()))
+        with pytest.raises(messages.BackendError, match=side) as caught:
+            other.check()
+        assert caught.value.code == "protocol_mismatch"
