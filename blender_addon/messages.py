@@ -120,7 +120,7 @@ class Health:
         if self.protocol < PROTOCOL_VERSION:
             raise BackendError("protocol_mismatch",
                                f"The generator {self.version} is older than this add-on.",
-                               "Update it with: pip install --upgrade populace")  # fmt: skip
+                               "Update the generator: pip install . in its new source folder.")  # fmt: skip
 
 
 def error_from_json(raw: Any) -> BackendError:

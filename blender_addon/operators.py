@@ -233,7 +233,7 @@ class POPULACE_OT_find_generator(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> Result:
         if not preferences.refresh():
-            self.report({"WARNING"}, f"No generator found: install it with {preferences.INSTALL_COMMAND}")
+            self.report({"WARNING"}, "No generator found: install it, or choose its Python")
             return {"CANCELLED"}
         self.report({"INFO"}, "Generator found")
         return {"FINISHED"}
@@ -359,21 +359,6 @@ class POPULACE_OT_copy_error(bpy.types.Operator):
         return {"FINISHED"}
 
 
-class POPULACE_OT_copy_text(bpy.types.Operator):
-    """Copy this text to the clipboard"""
-
-    bl_idname = "populace.copy_text"
-    bl_label = "Copy"
-    bl_options = {"INTERNAL"}  # noqa: RUF012
-
-    text: StringProperty(options={"SKIP_SAVE"})
-
-    def execute(self, context: bpy.types.Context) -> Result:
-        context.window_manager.clipboard = self.text
-        self.report({"INFO"}, "Copied")
-        return {"FINISHED"}
-
-
 def _job(job_id: str) -> Job | None:
     state = tasks.session()
     return state.jobs.get(job_id) if state is not None else None
@@ -397,7 +382,7 @@ _CLASSES = (
     POPULACE_OT_generate, POPULACE_OT_insert_result, POPULACE_OT_cancel_job, POPULACE_OT_cancel_all,
     POPULACE_OT_clear_jobs, POPULACE_OT_start_backend, POPULACE_OT_stop_backend, POPULACE_OT_find_generator,
     POPULACE_OT_choose_python, POPULACE_OT_new_seed, POPULACE_OT_copy_recipe, POPULACE_OT_use_recipe,
-    POPULACE_OT_make_again, POPULACE_OT_copy_error, POPULACE_OT_copy_text,
+    POPULACE_OT_make_again, POPULACE_OT_copy_error,
 )  # fmt: skip
 
 

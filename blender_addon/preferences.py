@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import bpy
 from bpy.props import StringProperty
 
 from . import process
 from .messages import masked
-
-INSTALL_COMMAND: Final = "pip install populace"
 
 _found = ""  # what `refresh` found, so that drawing needs no look at the disk
 
@@ -39,10 +35,9 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         if _found:
             row.label(text=f"Generator: {_found}", icon="CHECKMARK")
         else:
-            row.label(text=f"No generator found. Install it with: {INSTALL_COMMAND}", icon="ERROR")
+            row.label(text="No generator found: install it, or choose its Python above", icon="ERROR")
         row = layout.row(align=True)
         row.operator("populace.find_generator", icon="VIEWZOOM")
-        row.operator("populace.copy_text", text="Copy Install Command", icon="COPYDOWN").text = INSTALL_COMMAND
         row.operator("populace.start_backend", icon="PLAY")
         row.operator("populace.stop_backend", icon="QUIT")
 

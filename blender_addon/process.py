@@ -36,7 +36,7 @@ _MAX_RUNTIME_FILE_BYTES: Final = 64 << 10
 POLL_S: Final = 0.05
 _IS_WINDOWS: Final = os.name == "nt"
 
-INSTALL_HINT: Final = "Install it with: pip install populace. Then choose that Python in the add-on's preferences."
+INSTALL_HINT: Final = "Install it (pip install . in Populace's source folder), then choose the Python you used for it."
 
 
 # ------------------------------------------------------------------------------------------------------------ finding
@@ -261,7 +261,7 @@ def _why_it_ended(code: int, tail: str) -> BackendError:
         return BackendError("not_installed", "This Python does not have the generator installed.", INSTALL_HINT)
     if missing := tail.rpartition("No module named ")[2] if "No module named " in tail else "":
         return BackendError("not_installed", f"The generator's Python lacks the package {missing.splitlines()[0]}.",
-                            "Install it again with: pip install --force-reinstall populace")  # fmt: skip
+                            "Install the generator again.")  # fmt: skip
     last = tail.splitlines()[-1][:200] if tail else "It said nothing"
     return BackendError("start_failed", f"The generator ended at once with code {code}.", f"{last}.".replace("..", "."))
 

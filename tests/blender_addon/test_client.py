@@ -261,7 +261,7 @@ def test_broken_streams_do_not_loop_for_ever(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("protocol", "advice"), [(PROTOCOL_VERSION + 1, "Update the Populace add-on"),
-                                                  (PROTOCOL_VERSION - 1, "pip install --upgrade")])  # fmt: skip
+                                                  (PROTOCOL_VERSION - 1, "Update the generator")])  # fmt: skip
 def test_handshake_says_which_side_to_update(home: Path, protocol: int, advice: str) -> None:
     async def scenario(fake: FakeBackend, made: Session) -> None:
         fake.protocol = protocol
@@ -356,7 +356,7 @@ def test_blocking_client_starts_the_backend_and_lets_go_of_it(
     ("mode", "code", "said"),
     [
         ("garbage", "start_failed", "the disk is made of cheese"), ("exits_0", "start_failed", "code 0"),
-        ("no_module", "not_installed", "pip install populace"), ("newer", "protocol_mismatch", "Update the Populace"),
+        ("no_module", "not_installed", "pip install ."), ("newer", "protocol_mismatch", "Update the Populace"),
     ],
 )  # fmt: skip
 def test_start_that_fails_says_why(
@@ -409,7 +409,7 @@ def test_stop_while_starting_ends_the_child(home: Path, monkeypatch: pytest.Monk
 def test_backend_that_is_not_there(home: Path) -> None:
     with pytest.raises(BackendError, match="not found") as error:
         Client("/nowhere/python").generate(seed=1)
-    assert "pip install populace" in error.value.hint
+    assert "pip install ." in error.value.hint
 
 
 # ---------------------------------------------------------------------------------------------------- runtime file
