@@ -102,33 +102,37 @@ def euler_number(mesh: TriMesh) -> int:
 def half_edge_twins(faces, vertex_count):
     """For half-edge (face, i), from corner i to corner i + 1, the number 3 * face + i of the one that runs the other
     way, [F, 3]. -1 where there is none or where the edge has more than two faces."""
-    start = np.zeros(vertex_count + 1, np.int64)
+    start = np.zeros(vertex_count + 1, np.int32)
     for face in range(len(faces)):
         for i in range(3):
             start[faces[face, i] + 1] += 1
     for vertex in range(vertex_count):
         start[vertex + 1] += start[vertex]
     fill = start[:-1].copy()
-    leaving = np.empty(3 * len(faces), np.int64)
+    half = np.empty(3 * len(faces), np.int32)  # half-edges sorted by the vertex that they leave,
+    head = np.empty(3 * len(faces), np.int32)  # and the vertex where each ends
     for face in range(len(faces)):
         for i in range(3):
-            leaving[fill[faces[face, i]]] = 3 * face + i
+            slot = fill[faces[face, i]]
             fill[faces[face, i]] += 1
+            half[slot], head[slot] = 3 * face + i, faces[face, (i + 1) % 3]
     twins = np.full((len(faces), 3), -1, np.int64)
-    for face in range(len(faces)):
-        for i in range(3):
-            a, b = faces[face, i], faces[face, (i + 1) % 3]
-            found, back, same = -1, 0, 0
-            for k in range(start[b], start[b + 1]):
-                half = leaving[k]
-                if faces[half // 3, (half + 1) % 3] == a:
-                    found = half
-                    back += 1
+    for a in range(vertex_count):
+        for slot in range(start[a], start[a + 1]):
+            b = head[slot]
+            if a >= b:
+                continue
+            there, back = 0, 0
             for k in range(start[a], start[a + 1]):
-                half = leaving[k]
-                same += faces[half // 3, (half + 1) % 3] == b
-            if back == 1 and same == 1 and a != b:
-                twins[face, i] = found
+                there += head[k] == b
+            found = slot
+            for k in range(start[b], start[b + 1]):
+                if head[k] == a:
+                    found = k
+                    back += 1
+            if there == 1 and back == 1:
+                twins[half[slot] // 3, half[slot] % 3] = half[found]
+                twins[half[found] // 3, half[found] % 3] = half[slot]
     return twins
 
 

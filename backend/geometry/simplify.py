@@ -40,7 +40,7 @@ def simplify(mesh: TriMesh, faces: int, importance: Float[Tensor, " V"] | None =
         return mesh
     positions = mesh.vertices.detach().cpu().numpy().astype(np.float64)
     positions = positions - positions.mean(0)
-    now = np.ascontiguousarray(mesh.faces.cpu().numpy())
+    now = mesh.faces.cpu().numpy().astype(np.int32)
     weights = np.ones(len(positions)) if importance is None else importance.cpu().numpy().astype(np.float64)
     quadrics = _quadrics(now, positions, weights**3, _SPREAD)  # a face's error grows with the sixth power of its size
     strict = True
@@ -102,29 +102,32 @@ def _error(q, r, p):
 def _pass(faces, positions, quadrics, goal, slack, turn):
     """Up to `goal` collapses, cheapest first, no vertex in two of them. Returns the faces left; adds up `quadrics`."""
     vertex_count, edge_count = len(positions), 3 * len(faces) // 2
-    start = np.zeros(vertex_count + 1, np.int32)  # half-edges by the vertex they leave
+    start = np.zeros(vertex_count + 1, np.int32)  # the faces around each vertex, by their other two corners
     for f in range(len(faces)):
         for i in range(3):
             start[faces[f, i] + 1] += 1
     for v in range(vertex_count):
         start[v + 1] += start[v]
     fill = start[:-1].copy()
-    leaving = np.empty(3 * len(faces), np.int32)
+    ring = np.empty((3 * len(faces), 2), np.int32)
+    for f in range(len(faces)):
+        for i in range(3):
+            slot = fill[faces[f, i]]
+            fill[faces[f, i]] += 1
+            ring[slot, 0], ring[slot, 1] = faces[f, (i + 1) % 3], faces[f, (i + 2) % 3]
     goes, stays = np.empty(edge_count, np.int32), np.empty(edge_count, np.int32)
     costs = np.empty(edge_count, np.float32)
     n = 0
-    for f in range(len(faces)):
-        for i in range(3):
-            a, b = faces[f, i], faces[f, (i + 1) % 3]
-            leaving[fill[a]] = 3 * f + i
-            fill[a] += 1
+    for a in range(vertex_count):
+        for slot in range(start[a], start[a + 1]):
+            b = ring[slot, 0]
             if a < b:
                 to_a = _error(quadrics[a], quadrics[b], positions[a])
                 to_b = _error(quadrics[a], quadrics[b], positions[b])
                 goes[n], stays[n], costs[n] = (a, b, to_b) if to_b < to_a else (b, a, to_a)
                 n += 1
     keys = costs[:n].view(np.uint32) >> np.uint32(18)  # the order of positive floats is that of their bits
-    bucket = np.zeros((1 << 14) + 1, np.int64)
+    bucket = np.zeros((1 << 14) + 1, np.int32)
     for e in range(n):
         bucket[keys[e] + 1] += 1
     for k in range(1 << 14):
@@ -144,7 +147,7 @@ def _pass(faces, positions, quadrics, goal, slack, turn):
         if done >= goal or (costs[e] > most and done > goal // 8):
             break
         a, b = goes[e], stays[e]
-        if locked[a] or locked[b] or not _may_collapse(a, b, e, faces, positions, start, leaving, target, seen, turn):
+        if locked[a] or locked[b] or not _may_collapse(a, b, e, positions, start, ring, target, seen, turn):
             continue
         target[a] = b
         locked[a] = locked[b] = True
@@ -163,33 +166,36 @@ def _pass(faces, positions, quadrics, goal, slack, turn):
 
 
 @numba.njit(cache=True, nogil=True)
-def _may_collapse(a, b, stamp, faces, positions, start, leaving, target, seen, turn):
+def _may_collapse(a, b, stamp, positions, start, ring, target, seen, turn):
     """Whether a may move onto b: a and b have exactly two neighbours in common (the link condition, Dey et al. 1999),
     they are not part of a tetrahedron, and no face around a turns too far. A neighbour is read through `target`."""
     ring_a = 0
-    for k in range(start[a], start[a + 1]):
-        f, i = leaving[k] // 3, leaving[k] % 3
-        p, q = target[faces[f, (i + 1) % 3]], target[faces[f, (i + 2) % 3]]
-        if p == q:
-            continue
-        seen[p] = stamp
-        ring_a += 1
-        if p == b or q == b:
-            continue
-        ux, uy, uz = positions[p] - positions[a]
-        vx, vy, vz = positions[q] - positions[a]
-        nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
-        ux, uy, uz = positions[p] - positions[b]
-        vx, vy, vz = positions[q] - positions[b]
-        mx, my, mz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
-        both = (nx * nx + ny * ny + nz * nz) * (mx * mx + my * my + mz * mz)
-        if turn > 0 and nx * mx + ny * my + nz * mz <= turn * np.sqrt(both):
-            return False
+    for slot in range(start[a], start[a + 1]):
+        p, q = target[ring[slot, 0]], target[ring[slot, 1]]
+        if p != q:
+            seen[p] = stamp
+            ring_a += 1
     ring_b, common = 0, 0
-    for k in range(start[b], start[b + 1]):
-        f, i = leaving[k] // 3, leaving[k] % 3
-        p, q = target[faces[f, (i + 1) % 3]], target[faces[f, (i + 2) % 3]]
+    for slot in range(start[b], start[b + 1]):
+        p, q = target[ring[slot, 0]], target[ring[slot, 1]]
         if p != q:
             ring_b += 1
             common += seen[p] == stamp
-    return common == 2 and ring_a + ring_b > 6
+    if common != 2 or ring_a + ring_b == 6:
+        return False
+    ax, ay, az = positions[a, 0], positions[a, 1], positions[a, 2]
+    bx, by, bz = positions[b, 0], positions[b, 1], positions[b, 2]
+    for slot in range(start[a], start[a + 1]):
+        p, q = target[ring[slot, 0]], target[ring[slot, 1]]
+        if p == q or b in (p, q):
+            continue
+        px, py, pz = positions[p, 0], positions[p, 1], positions[p, 2]
+        ex, ey, ez = positions[q, 0] - px, positions[q, 1] - py, positions[q, 2] - pz
+        ux, uy, uz = px - ax, py - ay, pz - az
+        nx, ny, nz = uy * ez - uz * ey, uz * ex - ux * ez, ux * ey - uy * ex
+        ux, uy, uz = px - bx, py - by, pz - bz
+        mx, my, mz = uy * ez - uz * ey, uz * ex - ux * ez, ux * ey - uy * ex
+        both = (nx * nx + ny * ny + nz * nz) * (mx * mx + my * my + mz * mz)
+        if turn > 0 and nx * mx + ny * my + nz * mz <= turn * np.sqrt(both):
+            return False
+    return True

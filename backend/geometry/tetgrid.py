@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _KEEP_OFF = 1e-3
 # How much steeper than a true distance the field may be before cells are only found by following the surface.
 _LIPSCHITZ = 1.2
+# By how many cells the interpolated surface may be off before a cell is only found that way.
+_MARGIN = 0.35
 _COARSEST = 32  # cells along the longest side at the first level, about
 
 _CORNERS = np.array([[c >> 2 & 1, c >> 1 & 1, c & 1] for c in range(8)], np.int32)
@@ -245,7 +247,9 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         step("surface", 0.9 * 0.25 ** np.log2(stride))  # each level has about four times the points of the last
         limit = _LIPSCHITZ * np.sqrt(3) / 2 * stride * lattice.spacing
         stride //= 2
-        cells, octant, known = _split(cells, corners, sdf, limit, -(-lattice.cells // stride))
+        # only the last level is trimmed by interpolation: it has most points, and what it loses is followed
+        margin = _MARGIN * lattice.spacing if stride == 1 else np.inf
+        cells, octant, known = _split(cells, corners, sdf, limit, margin, -(-lattice.cells // stride))
         corners, nodes = _number(cells)
         sdf = np.full(len(nodes), np.nan, np.float32)
         sdf[corners[np.arange(len(cells)), octant]] = known
@@ -277,53 +281,61 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
 
 def _number(cells: Int[np.ndarray, "C 3"]) -> tuple[Int[np.ndarray, "C 8"], Int[np.ndarray, "N 3"]]:
     """Number the nodes of the cells in order of appearance: corners of each cell, coordinates of each node."""
-    if len(cells) == 0:
-        return np.empty((0, 8), np.int32), np.empty((0, 3), np.int32)
-    capacity = 1 << max(6, int(4 * len(cells)).bit_length())
+    capacity = 1 << max(6, (len(cells) // 8).bit_length())
     while True:
         corners, nodes = _number_into(cells, capacity)
-        if len(corners):
+        if len(corners) or not len(cells):
             return corners, nodes
         capacity *= 2
 
 
 @numba.njit(cache=True, nogil=True)
 def _number_into(cells, capacity):
-    """Nodes by open addressing in a table of `capacity` (a power of two). Empty arrays if they fill more than 70 %."""
+    """Nodes by way of blocks of 4 x 4 x 4, which are found by open addressing in a table of `capacity` (a power of
+    two): a block stays in the cache as long as its cells come one after the other. Empty arrays if 70 % of the table
+    are in use."""
     full = capacity * 7 // 10
     keys = np.full(capacity, -1, np.int64)
-    ids = np.empty(capacity, np.int32)
+    ids = np.full((capacity, 64), -1, np.int32)
     corners = np.empty((len(cells), 8), np.int32)
-    nodes = np.empty((full + 8, 3), np.int32)
-    count = 0
+    nodes = np.empty((8 * len(cells), 3), np.int32)
+    count, blocks = 0, 0
     for cell in range(len(cells)):
-        if count > full - 8:
+        if blocks > full - 8:
             return np.empty((0, 8), np.int32), np.empty((0, 3), np.int32)
+        last, slot = np.int64(-1), np.int64(0)
         for c in range(8):
             x = np.int64(cells[cell, 0] + (c >> 2 & 1))
             y = np.int64(cells[cell, 1] + (c >> 1 & 1))
             z = np.int64(cells[cell, 2] + (c & 1))
-            key = x << 42 | y << 21 | z
-            slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & (capacity - 1)
-            while keys[slot] != key and keys[slot] >= 0:
-                slot = (slot + 1) & (capacity - 1)
-            if keys[slot] < 0:
-                keys[slot] = key
-                ids[slot] = count
+            key = (x >> 2) << 40 | (y >> 2) << 20 | z >> 2
+            if key != last:
+                last = key
+                slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & (capacity - 1)
+                while keys[slot] != key and keys[slot] >= 0:
+                    slot = (slot + 1) & (capacity - 1)
+                if keys[slot] < 0:
+                    keys[slot] = key
+                    blocks += 1
+            place = (x & 3) << 4 | (y & 3) << 2 | z & 3
+            if ids[slot, place] < 0:
+                ids[slot, place] = count
                 nodes[count, 0], nodes[count, 1], nodes[count, 2] = x, y, z
                 count += 1
-            corners[cell, c] = ids[slot]
+            corners[cell, c] = ids[slot, place]
     return corners, nodes[:count].copy()
 
 
 @numba.njit(cache=True, nogil=True)
-def _split(cells, corners, sdf, limit, size):
+def _split(cells, corners, sdf, limit, margin, size):
     """The children that may hold the surface: each is judged by the corner that it shares with its parent, `limit`
-    being its diagonal. A parent with both signs keeps at least the child at its smallest value, from where the
-    surface can be followed. Returns cells, which corner of each is known, and the value there."""
+    being its diagonal, and by its other corners interpolated from the parent's, give or take `margin`. A parent with
+    both signs keeps at least the child at its smallest value, from where the surface can be followed. Returns cells,
+    which corner of each is known, and the value there."""
     children = np.empty((8 * len(cells), 3), np.int32)
     octant = np.empty(8 * len(cells), np.int64)
     known = np.empty(8 * len(cells), np.float32)
+    grid = np.empty((3, 3, 3), np.float32)  # the parent's corners, and between them the middles
     count = 0
     for cell in range(len(cells)):
         inside, best = 0, 0
@@ -332,12 +344,27 @@ def _split(cells, corners, sdf, limit, size):
             inside += value < 0
             if abs(value) < abs(sdf[corners[cell, best]]):
                 best = c
+        if abs(sdf[corners[cell, best]]) > limit and inside in (0, 8):
+            continue
         for c in range(8):
+            grid[c >> 1 & 2, c & 2, 2 * (c & 1)] = sdf[corners[cell, c]]
+        for x in range(0, 3, 2):
+            for y in range(0, 3, 2):
+                grid[x, y, 1] = (grid[x, y, 0] + grid[x, y, 2]) / 2
+            for z in range(3):
+                grid[x, 1, z] = (grid[x, 0, z] + grid[x, 2, z]) / 2
+        for y in range(3):
+            for z in range(3):
+                grid[1, y, z] = (grid[0, y, z] + grid[2, y, z]) / 2
+        for c in range(8):
+            x, y, z = c >> 2 & 1, c >> 1 & 1, c & 1
             value = sdf[corners[cell, c]]
-            if abs(value) <= limit or (0 < inside < 8 and c == best):
-                x = 2 * cells[cell, 0] + (c >> 2 & 1)
-                y = 2 * cells[cell, 1] + (c >> 1 & 1)
-                z = 2 * cells[cell, 2] + (c & 1)
+            keep = abs(value) <= limit
+            if keep:
+                near = grid[x : x + 2, y : y + 2, z : z + 2]
+                keep = near.min() <= margin and near.max() >= -margin
+            if keep or (0 < inside < 8 and c == best):
+                x, y, z = 2 * cells[cell, 0] + x, 2 * cells[cell, 1] + y, 2 * cells[cell, 2] + z
                 if x < size[0] and y < size[1] and z < size[2]:
                     children[count, 0], children[count, 1], children[count, 2] = x, y, z
                     octant[count], known[count] = c, value

@@ -20,6 +20,7 @@ def field(seed=0, **parameters):
 
 def test_distance_of_a_rounded_cone_is_the_distance_to_its_densely_sampled_balls():
     one = field(3)
+    torch.manual_seed(3)
     points = torch.rand(400, 3, dtype=torch.float64) * 2 - torch.tensor([1.0, 0.0, 1.0])
     t = torch.linspace(0, 1, 4001, dtype=torch.float64)[:, None]
     best = torch.full((len(points),), torch.inf, dtype=torch.float64)
@@ -31,15 +32,16 @@ def test_distance_of_a_rounded_cone_is_the_distance_to_its_densely_sampled_balls
 
 def test_single_capsule_has_the_textbook_distance_and_unit_gradient():
     one = field(5, single=True)
-    radius, top = one.radii[0, 0], one.ends[0, 1, 1]
-    points = torch.rand(1000, 3) * 2.0 - torch.tensor([1.0, 0.0, 1.0])
+    radius, top = one.radii[0, 0].double(), one.ends[0, 1, 1].double()
+    generator = torch.Generator().manual_seed(5)
+    points = torch.rand(1000, 3, generator=generator, dtype=torch.float64) * 2.0 - torch.tensor([1.0, 0.0, 1.0])
     on_axis = points.clone()
     on_axis[:, (0, 2)] = 0
     on_axis[:, 1] = torch.minimum(points[:, 1].clamp_min(radius), top)
-    torch.testing.assert_close(one.sdf(points), (points - on_axis).norm(dim=1) - radius, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.sdf(points), (points - on_axis).norm(dim=1) - radius, atol=1e-9, rtol=0)
     points.requires_grad_()
     (gradient,) = torch.autograd.grad(one.sdf(points).sum(), points)
-    torch.testing.assert_close(gradient.norm(dim=1), torch.ones(1000), atol=1e-4, rtol=0)
+    torch.testing.assert_close(gradient.norm(dim=1), torch.ones(1000, dtype=torch.float64), atol=1e-6, rtol=0)
     assert one.rig is None
 
 

@@ -70,7 +70,7 @@ def decode_normals(mesh, face, weight, colour):
 @pytest.mark.parametrize("field", [capsule(1), capsule(6, single=True)], ids=["person", "single"])
 def test_colours_are_the_fields(field):
     size = 1024
-    _, mesh, textures = road(field, 128, 6000, size)
+    _, mesh, textures = road(field, 96, 4000, size)
     assert textures.base_color.shape == textures.normal.shape == (size, size, 3)
     assert textures.base_color.dtype == torch.uint8
     face, weight, row, column = samples(mesh, size)

@@ -103,14 +103,14 @@ def test_volume_of_the_capsule_converges_from_below(single):
     assert errors[2] < errors[0] / 10  # second order
 
 
-@pytest.mark.parametrize("edges_given", [False, True])
-def test_gradients(edges_given):
-    nodes, tets = lattice(3, torch.float64)
-    torch.manual_seed(0)
-    sdf = (nodes.norm(dim=1) - 0.45 + 0.02 * torch.randn(len(nodes), dtype=torch.float64)).requires_grad_()
-    nodes = (nodes + 0.02 * torch.randn_like(nodes)).requires_grad_()
-    edges = unique_edges(tets) if edges_given else None
-    assert torch.autograd.gradcheck(lambda n, s: marching_tetrahedra(n, s, tets, edges)[0], (nodes, sdf), atol=1e-6)
+def test_gradients():
+    nodes, tets = lattice(2, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(4, len(nodes), generator=generator, dtype=torch.float64)
+    sdf = (nodes.norm(dim=1) - 0.3 + noise[0]).requires_grad_()
+    nodes = (nodes + noise[1:].T).requires_grad_()
+    assert len(marching_tetrahedra(nodes, sdf, tets)[0]) > 10
+    assert torch.autograd.gradcheck(lambda n, s: marching_tetrahedra(n, s, tets)[0], (nodes, sdf))
 
 
 def test_a_batch_equals_its_members():
