@@ -355,12 +355,14 @@ class Jobs:
         over = sorted((job for job in self._jobs.values() if job.state in ENDED), key=lambda job: job.ended)
         size, count = sum(job.bytes for job in over), len(over)
         oldest = time.time() - self._settings.max_results_age_s
+        gone = []
         for job in over[:-1]:
             if job.ended >= oldest and size <= self._settings.max_results_bytes and count <= MAX_KEPT_JOBS:
                 break
             size, count = size - job.bytes, count - 1
-            del self._jobs[job.id]
-            await self._on_disk(self.store.remove, job.id)
+            gone.append(self._jobs.pop(job.id).id)
+        for job_id in gone:
+            await self._on_disk(self.store.remove, job_id)
 
     async def _on_disk(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -57,8 +58,9 @@ class JobStore:
 
     def create(self, job: JobRequest, created: float) -> None:
         """Raises when there is too little space for a result."""
-        with self._writing():
+        with self._writing(), contextlib.ExitStack() as undo:
             self.path(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
+            undo.callback(self.remove, job.id)
             free = shutil.disk_usage(self.folder).free
             if free < MIN_FREE_BYTES:
                 raise PopulaceError(
@@ -66,6 +68,7 @@ class JobStore:
                     "needed.", "Free some space or choose another folder with --data-dir."
                 )  # fmt: skip
             self._write(job.id, "request.json", {"job": job.model_dump(mode="json"), "created": created})
+            undo.pop_all()
 
     def read_request(self, job_id: str) -> dict[str, Any]:
         """The request as JSON."""
