@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The whole backend as users run it: command line, real socket, real worker, capsule people."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import trimesh
+
+from backend import __version__, families, packet
+from tests.faults.harness import REPOSITORY, Backend, new_id
+
+COMMAND = ["-m", "backend", "serve", "--json", "--device", "cpu"]
+SMALL = {"grid_resolution": 48, "faces": 2000, "texture_size": 512}
+TINY = {"grid_resolution": 16, "faces": 500, "texture_size": 512, "parameters": {"single": True}}
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    made = Backend(tmp_path_factory.mktemp("home"), command=COMMAND).wait_ready()
+    yield made
+    assert "Traceback" not in made.stop()
+    assert made.process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def person(backend: Backend) -> tuple[str, bytes]:
+    """A job that is done, and its packet."""
+    job_id = backend.submit(5, **SMALL)
+    status = backend.wait(job_id)
+    assert status["state"] == "done", status
+    return job_id, backend.result(job_id)
+
+
+def test_server_needs_no_torch() -> None:
+    code = "import sys, backend.server, backend.__main__; sys.exit('torch' in sys.modules or 'bpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_ready_line_and_runtime_file(backend: Backend) -> None:
+    assert set(backend.said) == {"port", "pid", "runtime_file"}
+    assert backend.said["pid"] == backend.process.pid
+    runtime = json.loads((backend.home / "run" / "backend.json").read_text())
+    assert set(runtime) == {"protocol", "version", "pid", "port", "token", "started"}
+    assert len(runtime["token"]) >= 43  # 256 bits
+
+
+def test_second_start_finds_the_first(backend: Backend) -> None:
+    second = Backend(backend.home, command=COMMAND)
+    assert second.wait_ready().said == backend.said
+    assert second.process.wait(60) == 0
+    second.stop()
+
+
+def test_seed_to_closed_person_over_the_socket(backend: Backend, person: tuple[str, bytes]) -> None:
+    asset = packet.loads(person[1])
+    (part,) = asset.parts
+    mesh = trimesh.Trimesh(part.vertices, part.faces, process=False)
+    assert mesh.is_watertight
+    assert mesh.is_winding_consistent
+    assert mesh.volume > 0.02  # cubic metres
+    assert len(part.faces) == pytest.approx(2000, rel=0.02)
+    assert part.vertices[:, 1].min() == 0
+    assert asset.meta["recipe"]["seed"] == 5
+    stats = backend.get(f"/v1/jobs/{person[0]}/stats")
+    assert {"sample", "surface", "bake", "total", "write"} <= set(stats["seconds"])
+
+
+def test_same_seed_same_bytes_and_events(backend: Backend, person: tuple[str, bytes]) -> None:
+    client = new_id()
+    with backend.events(client) as events:
+        job_id = backend.submit(5, client, **SMALL)
+        seen = []
+        for event in events:
+            assert event["id"] == job_id
+            seen.append(event)
+            if event["state"] not in ("queued", "running"):
+                break
+    assert seen[-1]["state"] == "done"
+    fractions = [event["fraction"] for event in seen]
+    assert fractions == sorted(fractions)
+    assert {"surface", "bake"} <= {event["stage"] for event in seen}
+    assert any(event["eta_s"] is not None for event in seen)
+    assert backend.result(job_id) == person[1]
+
+
+def test_glb(backend: Backend, person: tuple[str, bytes]) -> None:
+    status, headers, data = backend.call("GET", f"/v1/jobs/{person[0]}/result?format=glb")
+    assert (status, headers["content-type"]) == (200, "model/gltf-binary")
+    assert data == packet.to_glb(packet.loads(person[1]))
+    (mesh,) = trimesh.load(io.BytesIO(data), file_type="glb").geometry.values()
+    vertices = packet.loads(person[1]).parts[0].vertices
+    assert np.allclose(mesh.bounds, [vertices.min(0), vertices.max(0)], atol=1e-6)
+    assert backend.error("GET", f"/v1/jobs/{person[0]}/result?format=exe") == (422, "invalid_request")
+
+
+def test_f16_latents_of_another_family(backend: Backend) -> None:
+    for latents in ({"nobody/shape": [[0.0]]}, {"body/shape": [[0.0]]}, {"body/shape": [[1e300]]}):
+        failed = backend.wait(backend.submit(5, latents=latents, **SMALL))
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "invalid_latents")
+    assert backend.wait(backend.submit(6, **TINY))["state"] == "done"
+
+
+def test_cancel_between_steps(backend: Backend) -> None:
+    job_id = backend.submit(5, grid_resolution=512, faces=200_000, texture_size=4096)
+    backend.wait(job_id, "running")
+    worker = backend.worker()
+    assert backend.call("DELETE", f"/v1/jobs/{job_id}")[0] == 200
+    assert backend.wait(job_id)["state"] == "cancelled"
+    assert backend.worker() == worker  # it listened
+    assert backend.wait(backend.submit(6, **TINY))["state"] == "done"
+
+
+def test_f24_killed_worker_is_replaced(backend: Backend, person: tuple[str, bytes]) -> None:
+    job_id = backend.submit(5, **SMALL)
+    backend.wait(job_id, "running", "done")
+    backend.worker().kill()
+    assert backend.wait(job_id)["state"] == "done"
+    assert backend.result(job_id) == person[1]
+
+
+def test_lists(backend: Backend) -> None:
+    health = backend.get("/v1/health")
+    assert (health["version"], health["device"], health["pid"]) == (__version__, "cpu", backend.process.pid)
+    assert [family["name"] for family in backend.get("/v1/families")] == [info.name for info in families.infos()]
+    assert all(found["here"] for found in backend.get("/v1/weights"))
+    assert len(backend.get("/v1/jobs")) >= len(backend.get("/v1/jobs?client=test")) >= 1
+
+
+def test_openapi_page_is_whole(backend: Backend) -> None:
+    page = backend.get("/v1/openapi.json")
+    assert {(path, method) for path, methods in page["paths"].items() for method in methods} == {
+        ("/v1/health", "get"), ("/v1/families", "get"), ("/v1/weights", "get"), ("/v1/jobs", "get"),
+        ("/v1/jobs", "post"), ("/v1/jobs/{job_id}", "get"), ("/v1/jobs/{job_id}", "delete"),
+        ("/v1/jobs/{job_id}/result", "get"), ("/v1/jobs/{job_id}/stats", "get"), ("/v1/events", "get"),
+        ("/v1/worker/restart", "post"), ("/v1/shutdown", "post"),
+    }  # fmt: skip
+    schemas = page["components"]["schemas"]
+    assert {"JobRequest", "GenerateRequest", "JobStatus", "Health", "Error"} <= set(schemas)
+    assert schemas["GenerateRequest"]["additionalProperties"] is False
+    assert schemas["GenerateRequest"]["properties"]["seed"]["maximum"] == 2**53 - 1
