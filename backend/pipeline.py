@@ -60,9 +60,12 @@ def generate(
     made = []
     for field, mesh in zip(fields, fine):
         with clock.stage("simplify"):
-            coarse = simplify(mesh, round(request.faces * len(mesh.faces) / total))
+            density = field.region_density
+            importance = None if density is None else density[field.region(mesh.points)]
+            coarse = simplify(mesh, round(request.faces * len(mesh.faces) / total), importance)
         with clock.stage("unwrap"):
-            coarse = unwrap(coarse, field.region(coarse.points), request.texture_size, request.unwrap)
+            region = field.region(coarse.points)
+            coarse = unwrap(coarse, region, request.texture_size, request.unwrap, density)
         with clock.stage("bake"):
             made.append((field, coarse, bake(field, mesh, coarse, request.texture_size, clock.step)))
     with clock.stage("encode"):

@@ -54,6 +54,7 @@ class HumanField(Protocol):
     name: str  # "human", or "top", "shoes", ...
     bounds: Float[Tensor, "2 3"]  # field-space box that holds the surface with a margin
     rig: Rig | None
+    region_density: Float[Tensor, " R"] | None  # per region: texels and triangles per area, relative to the others
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Metres to the surface, negative inside; exact sign everywhere, magnitude truncated or approximate far off."""

@@ -41,9 +41,7 @@ class Volume:
 _PLANES = ((0, 1), (0, 2), (1, 2))
 
 
-def sample_planes(
-    planes: Float[Tensor, "B 3 C R R"], local: Float[Tensor, "B N 3"]
-) -> Float[Tensor, "B N 3*C"]:
+def sample_planes(planes: Float[Tensor, "B 3 C R R"], local: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N 3*C"]:
     """Bilinear features of each point from its three planes, concatenated."""
     b, _, c, r, _ = planes.shape
     at = torch.stack([local[..., list(p)] for p in _PLANES], 1)  # [B, 3, N, 2]

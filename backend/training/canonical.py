@@ -9,10 +9,11 @@ canonical space, in metres, Y up, facing +Z, barefoot floor at y = 0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numba
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -97,6 +98,7 @@ class Samples:
     normals: np.ndarray  # f32 [N, 3]
     uvs: np.ndarray  # f32 [N, 2]
     rim: np.ndarray  # f32 [N, 3]: at an open border the direction that leaves the surface, else 0
+    area: float  # m^2 of the whole surface
 
 
 def sample_surface(
@@ -142,13 +144,16 @@ def sample_surface(
         normals = np.concatenate([normals, np.repeat(n, steps, 0)])
         rim = np.concatenate([rim, np.repeat(out, steps, 0)])
         uv = np.concatenate([uv, np.repeat(uvs[face_uvs[owner[border], 0]], steps, 0)])
-    return Samples(*(x.astype(np.float32) for x in (points, normals, uv, rim)))
+    return Samples(*(x.astype(np.float32) for x in (points, normals, uv, rim)), area=0.5 * float(area.sum()))
 
 
-def signed_distance(samples: Samples, queries: np.ndarray) -> np.ndarray:
+def signed_distance(
+    samples: Samples, queries: np.ndarray, far_inside: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
     """Distance [N] to a sampled sheet: negative behind it, positive in front of it and beyond its rim.
 
     Near the sheet the distance to the tangent planes of the nearest samples is used, which removes the sampling error.
+    Far from it one normal says little; there `far_inside(queries)` decides, by default the winding number.
     """
     stride = max(1, len(samples.points) // 12_000)  # far away a thinned set answers: a dense tree is slow there
     far, thin = cKDTree(samples.points[::stride]).query(queries, workers=2)
@@ -166,7 +171,37 @@ def signed_distance(samples: Samples, queries: np.ndarray) -> np.ndarray:
     out = np.where(use_plane, smooth, sign * nearest)
     rim = samples.rim[index[:, 0]]
     beyond = np.einsum("nc,nc->n", delta[:, 0], rim) > 0.25 * np.abs(plane[:, 0]) + 1e-4
-    return np.where(beyond & (np.abs(rim).sum(1) > 0), nearest, out).astype(np.float32)
+    out = np.where(beyond & (np.abs(rim).sum(1) > 0), nearest, out)
+    if far_inside is None:
+        enclosed = winding_number(samples, queries[~near]) > 0.5
+    else:
+        enclosed = far_inside(queries[~near])
+    out[~near] = np.where(enclosed, -nearest[~near], nearest[~near])
+    return out.astype(np.float32)
+
+
+def winding_number(samples: Samples, queries: np.ndarray, count: int = 3000) -> np.ndarray:
+    """Generalised winding number [N] (Jacobson et al. 2013) by a sum over sampled dipoles: about 1 inside, 0 outside;
+    good at distances well above the spacing of `count` samples."""
+    inner = np.flatnonzero(np.abs(samples.rim).sum(1) == 0)
+    inner = inner[:: max(1, len(inner) // count)]
+    weight = samples.area / (4 * np.pi * len(inner))
+    return _dipoles(samples.points[inner], samples.normals[inner], queries.astype(np.float32)) * weight
+
+
+@numba.njit(cache=True)
+def _dipoles(points: np.ndarray, normals: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(queries), np.float32)
+    for i in range(len(queries)):
+        total = 0.0
+        for j in range(len(points)):
+            x = points[j, 0] - queries[i, 0]
+            y = points[j, 1] - queries[i, 1]
+            z = points[j, 2] - queries[i, 2]
+            r2 = x * x + y * y + z * z + 1e-6
+            total += (normals[j, 0] * x + normals[j, 1] * y + normals[j, 2] * z) / (r2 * np.sqrt(r2))
+        out[i] = total
+    return out
 
 
 def read_texture(path: str) -> np.ndarray:
@@ -225,7 +260,7 @@ class Canonical:
         )
         self.skin = _join(_take(self.skin, ~head), fine)
         # the sockets' rims touch the eyeballs, so the union of both is closed: rims must not count as borders
-        self.skin = Samples(self.skin.points, self.skin.normals, self.skin.uvs, np.zeros_like(self.skin.rim))
+        self.skin = replace(self.skin, rim=np.zeros_like(self.skin.rim))
         self.eye = sample_surface(self.eye_vertices, eye_faces, self.eyes.mesh.uvs, eye_uvs, 60_000, seed=3)
         surface = _join(self.skin, self.eye)
         top = template[BODY].max(0)
@@ -237,10 +272,36 @@ class Canonical:
         for side, sign in (("hand_l", 1), ("hand_r", -1)):
             hand = template[BODY][sign * template[BODY, 0] > 0.72 * top[0]]
             self.grids[side] = Grid.over(hand.min(0) - 0.015, hand.max(0) + 0.015, 0.0022)
-        for name, grid in self.grids.items():
-            self.grids[name] = Grid(
-                grid.lo, grid.step, signed_distance(surface, grid.nodes()).reshape(grid.values.shape)
-            )
+        surface, open_air = self._seal(surface, self.grids["head"])
+        whole = self.grids["whole"]
+        values = signed_distance(surface, whole.nodes(), lambda q: np.zeros(len(q), bool)).reshape(whole.values.shape)
+        # what the outside cannot reach through the open is inside
+        regions, _ = ndimage.label(values > 0.012)
+        values[(regions > 0) & (regions != regions[0, 0, 0])] *= -1
+        self.grids["whole"] = whole = replace(whole, values=values)
+        for name in ("head", "hand_l", "hand_r"):
+            grid = self.grids[name]
+            values = signed_distance(surface, grid.nodes(), lambda q: whole(q) < 0)
+            values = values.reshape(grid.values.shape)
+            if name == "head":  # nothing open may be left behind lips and lids
+                values = np.where(open_air, values, -np.abs(values) - 1e-4)
+            self.grids[name] = replace(grid, values=values.astype(np.float32))
+
+    def _seal(self, surface: Samples, grid: Grid) -> tuple[Samples, np.ndarray]:
+        """Close slits narrower than about 4 mm (between the lips, behind the lids): the samples that face open air,
+        and where on the head's grid open air can be."""
+        shape = grid.values.shape
+        distance = cKDTree(surface.points).query(grid.nodes(), distance_upper_bound=0.012, workers=2)[0].reshape(shape)
+        regions, _ = ndimage.label(distance > 0.002)
+        reach = ndimage.distance_transform_edt(regions != regions[0, -1, -1]) * grid.step  # front upper corner: open
+        probe = ((surface.points + 0.0035 * surface.normals - grid.lo) / grid.step).T
+        inside = ((probe.T > 0) & (np.array(shape) - 1 > probe.T)).all(1)
+        facing = ndimage.map_coordinates(reach, probe, order=1, mode="nearest") < 0.002
+        keep = ~inside | facing
+        log.info("sealed: %d of %d samples face no open air", int((~keep).sum()), len(keep))
+        is_skin = np.arange(len(surface.points)) < len(self.skin.points)
+        self.skin, self.eye = _take(surface, keep & is_skin), _take(surface, keep & ~is_skin)
+        return _take(surface, keep), reach < 0.0045
 
     def fit(self, proxy: Proxy) -> np.ndarray:
         """Vertices in metres. Fitting in decimetres keeps the files' own offsets."""
@@ -291,11 +352,12 @@ class Canonical:
 
 
 def _take(s: Samples, which: np.ndarray) -> Samples:
-    return Samples(s.points[which], s.normals[which], s.uvs[which], s.rim[which])
+    return Samples(s.points[which], s.normals[which], s.uvs[which], s.rim[which], s.area * float(which.mean()))
 
 
 def _join(*many: Samples) -> Samples:
-    return Samples(*(np.concatenate([getattr(s, f) for s in many]) for f in ("points", "normals", "uvs", "rim")))
+    fields = ("points", "normals", "uvs", "rim")
+    return Samples(*(np.concatenate([getattr(s, f) for s in many]) for f in fields), sum(s.area for s in many))
 
 
 # --- items: garments and hair -----------------------------------------------------------------------------------------
@@ -445,7 +507,7 @@ def skin_atlas(canonical: Canonical, count: int = 200_000) -> SkinAtlas:
     weight = np.where(face, 3.0, np.where(np.abs(skin.points[:, 0]) > 0.35, 1.5, 1.0))
     pick = rng.choice(len(skin.points), count, replace=False, p=weight / weight.sum())
     seen = eye.points[:, 2] > np.quantile(eye.points[:, 2], 0.45)  # the front of the eyeballs
-    eye_pick = rng.choice(np.flatnonzero(seen), 20_000, replace=False)
+    eye_pick = rng.choice(np.flatnonzero(seen), 20_000)
     points = np.concatenate([skin.points[pick], eye.points[eye_pick]])
     uvs = np.concatenate([skin.uvs[pick], eye.uvs[eye_pick]])
     is_eye = np.arange(len(points)) >= count

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from backend.families.people.config import SHAPE_DIM, SMALL, TEX_DIM
 from backend.families.people.networks import PartGenerator, mlp
+from backend.networks.triplane import Volume
+from backend.training.canonical import Grid
 from backend.training.people_data import load_grids
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,28 @@ def arm_distance(p: np.ndarray) -> np.ndarray:
     return along
 
 
+def body_distance(grids: dict[str, Grid], points: np.ndarray) -> np.ndarray:
+    """Distance to the canonical body; the grid of the head is left out, garments do not need it."""
+    out = grids["whole"](points)
+    for name in ("hand_l", "hand_r"):
+        grid = grids[name]
+        inside = ((points > grid.lo) & (points < grid.lo + grid.step * (np.array(grid.values.shape) - 1))).all(1)
+        out[inside] = grid(points[inside])
+    return out.astype(np.float32)
+
+
+def fill_volumes(volumes: list[Volume], count: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform points f32 [about count, 3] in the volumes, on either side of mirrored ones."""
+    out = []
+    for volume in volumes:
+        local = rng.uniform(-1, 1, (count // len(volumes), 3)) * np.array(volume.half_size)
+        points = local @ np.array(volume.axes) + np.array(volume.centre)
+        if volume.mirror:
+            points[:, 0] *= rng.choice([-1, 1], len(points))
+        out.append(points)
+    return np.concatenate(out).astype(np.float32)
+
+
 class CutGarments:
     """Garments cut from the body's field and the skirt helper: any sleeve, hem, neckline, waist or skirt length."""
 
@@ -88,20 +112,10 @@ class CutGarments:
         self.skin = np.load(data / "pool.npz")["skin"]
         self.grids = load_grids(data)
         skirt = np.load(data / "skirt.npz")
-        from backend.training.canonical import Grid
-
         self.skirt = Grid(skirt["lo"], float(skirt["step"]), skirt["values"])
         torso = (np.abs(self.skin[:, 0]) < 0.53) & (self.skin[:, 1] > 0.74) & (self.skin[:, 1] < 1.50)
         legs = (np.abs(self.skin[:, 0]) < 0.30) & (self.skin[:, 1] < 1.06)
         self.pools = {"top": self.skin[torso], "bottom": self.skin[legs]}
-
-    def body(self, points: np.ndarray) -> np.ndarray:
-        out = self.grids["whole"](points)
-        for name in ("hand_l", "hand_r"):
-            grid = self.grids[name]
-            inside = ((points > grid.lo) & (points < grid.lo + grid.step * (np.array(grid.values.shape) - 1))).all(1)
-            out[inside] = grid(points[inside])
-        return out
 
     def params(self, part: str, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Kind (0 top or trousers, 1 skirt) and six numbers in about [-1, 1]."""
@@ -140,8 +154,9 @@ class CutGarments:
             p[:half] = rng.uniform(
                 self.skirt.lo, self.skirt.lo + self.skirt.step * np.array(self.skirt.values.shape), (half, 3)
             )
-        p = p.astype(np.float32)
-        body = self.body(p).astype(np.float32)
+        volumes = [b.volume for b in SMALL[part].shape]
+        p = np.concatenate([p.astype(np.float32), fill_volumes(volumes, count // 6, rng)])
+        body = body_distance(self.grids, p)
         described = np.zeros(items + 2 + CUT_PARAMS, np.float32)
         described[items + kind] = 1
         described[items + 2 :] = q
@@ -184,6 +199,8 @@ class PartData:
             lum = item["rgb"] @ np.array([0.3, 0.59, 0.11], np.float32)
             item["shade"] = np.clip(lum / max(float(np.median(lum)), 0.03), 0.15, 1.8)
             item["palette"] = np.concatenate([np.median(item["rgb"], 0), np.quantile(item["rgb"], 0.2, axis=0)])
+        self.grids = load_grids(data)
+        self.volumes = [b.volume for b in SMALL[part].shape]
         self.cut = CutGarments(data) if part in ("top", "bottom") else None
         self.cut_share = 0.4 if self.cut else 0.0
         self.patterns = len(PATTERNS) if part in ("top", "bottom") else 2
@@ -199,7 +216,17 @@ class PartData:
         i = int(rng.integers(len(self.items)))
         item = self.items[i]
         at = rng.integers(len(item["points"]), size=count)
-        return Draw(self.describe(i), item["points"][at], item["sdf"][at], item["body"][at])
+        points, sdf, body = item["points"][at], item["sdf"][at], item["body"][at]
+        # the volumes are larger than the item: out there it must stay away, too
+        lo, hi = item["points"].min(0), item["points"].max(0)
+        far = fill_volumes(self.volumes, count // 6, rng)
+        far = far[((far < lo) | (far > hi)).any(1)]
+        return Draw(
+            self.describe(i),
+            np.concatenate([points, far]),
+            np.concatenate([sdf, np.full(len(far), TRUNCATION, np.float32)]),
+            np.concatenate([body, body_distance(self.grids, far)]),
+        )
 
     def color(
         self, count: int, rng: np.random.Generator

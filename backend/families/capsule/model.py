@@ -71,6 +71,7 @@ class CapsuleField:
     """A union of rounded cones. Its distance is exact outside and for a single cone; its sign is exact everywhere."""
 
     name = "human"
+    region_density = None
 
     def __init__(
         self,

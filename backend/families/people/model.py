@@ -27,10 +27,12 @@ from backend.families.people.config import BODY_DIM, PARTS, SHAPE_DIM, SMALL, TE
 from backend.families.people.networks import BodyDecoder, PartGenerator
 from backend.families.people.networks import Mapping as MappingNetwork
 from backend.protocol import PopulaceError
+from backend.weights import Weights
 
 NEIGHBOURS = 6  # control points that carry a point of the field
 GRIDS = ("whole", "head", "hand_l", "hand_r")  # coarse to fine: later ones replace earlier ones
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
+DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
 CENTRES = 64  # cluster centres per mapping for truncation
 
 
@@ -68,6 +70,7 @@ class PeopleModel:
         self.device = device
         self.weights_sha256 = sha256
         self.networks = networks.to(device).eval().requires_grad_(False)
+        self.facts = facts
         self.bones = tuple(facts["bones"])
         self.parents = tuple(facts["parents"])
         self.tree = cKDTree(self.networks.body_shape.rest_controls().cpu().numpy())
@@ -76,7 +79,7 @@ class PeopleModel:
             torch.arange(self.tree.n, device=device), self.networks.control_skin_weights.argmax(1)
         ].cpu()
         self.control_region = torch.tensor([region_of(n) for n in self.bones])[dominant.long()].to(device)
-        self.region_density = {REGIONS.index("head"): 2.5, REGIONS.index("hand_l"): 1.3, REGIONS.index("hand_r"): 1.3}
+        self.region_density = torch.tensor([DENSITY.get(name.split("_")[0], 1.0) for name in REGIONS], device=device)
 
     @torch.no_grad()
     def sample(self, seed: int, truncation_psi: float, parameters: Mapping[str, Any] | None = None) -> Latents:
@@ -211,11 +214,6 @@ class PeopleField:
         nearest = self.model.tree.query(points.detach().cpu().numpy(), workers=2)[1]
         return self.model.control_region[torch.from_numpy(nearest).to(points.device)]
 
-    def importance(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        """Relative worth of triangles: faces and hands are looked at."""
-        table = points.new_tensor([3.0 if r == "head" else 2.0 if r.startswith("hand") else 1.0 for r in REGIONS])
-        return table[self.region(points)]
-
     def skin(self, points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 4"], Float[Tensor, "N 4"]]:
         index, weight = self._neighbours(points)
         bones = self.model.networks.control_skin_indices[index].long()  # [N, K, 4]
@@ -226,7 +224,13 @@ class PeopleField:
         return which, top / top.sum(1, keepdim=True)
 
 
-def load(path: Path, device: torch.device, sha256: str | None) -> PeopleModel:
+def load(device: torch.device, weights: Weights | None) -> PeopleModel:
+    """The model of verified weights."""
+    assert weights is not None, "the registry hands over weights to families that name some"
+    return from_file(weights.paths[0], device, weights.sha256)
+
+
+def from_file(path: Path, device: torch.device, sha256: str | None) -> PeopleModel:
     """The model in a weights file. Raises PopulaceError("weights_corrupt") if tensors do not fit."""
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["people"])
