@@ -81,6 +81,8 @@ class POPULACE_PT_human(_Panel, bpy.types.Panel):
             row.label(text=name)
             row.alignment = "LEFT"
             row.label(text=value)
+        if human.type == "ARMATURE":  # hidden in the body at first: most people look better without lines on them
+            self.layout.prop(human, "show_in_front", text="Show Bones", icon="BONE_DATA", toggle=True)
         row = self.layout.row(align=True)
         row.operator("populace.use_recipe", icon="LOOP_BACK")
         row.operator("populace.make_again", icon="DUPLICATE")
@@ -225,9 +227,9 @@ def _progress_text(job: Job) -> str:
     """Seed, stage, percent and time left, as far as they are known."""
     status = job.status
     if status.state == "queued":
-        return f"Seed {job.request.seed}  waiting"
+        return f"Seed {job.request.seed}, waiting"
     if status.state == "cancelling":
-        return f"Seed {job.request.seed}  cancelling"
+        return f"Seed {job.request.seed}, cancelling"
     left = _duration(status.eta_s)
     return f"{status.stage.capitalize() or 'Starting'} {status.fraction:.0%}{left and f', {left} left'}"
 

@@ -177,7 +177,6 @@ def _armature(context: bpy.types.Context, stage: _Stage, rig: Rig, floor: float,
     data = stage.new(bpy.data.armatures, "Human Rig")
     data.display_type = "STICK"
     made = stage.new(bpy.data.objects, "Human Rig", data)
-    made.show_in_front = True
     heads, tails = to_blender(rig.heads, floor, units), to_blender(rig.tails, floor, units)
     length = np.linalg.norm(tails - heads, axis=1)
     tails[length < MIN_BONE_M * units, 2] += MIN_BONE_M * units * 2

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The words that add-on and backend each spell for themselves are the same words."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from backend import packet as backend_packet
+from backend import protocol, runtime
+from backend.settings import Settings
+from blender_addon import messages, packet, process
+
+
+def test_protocol_words() -> None:
+    assert messages.PROTOCOL_VERSION == protocol.PROTOCOL_VERSION
+    assert set(typing.get_args(protocol.JobState)) == messages.JOB_STATES
+    assert packet.SCHEMA == backend_packet.SCHEMA
+    assert process.RUNTIME_FILE == runtime.RUNTIME_FILE
+
+
+def test_request_of_the_add_on_is_one_that_the_backend_takes_with_the_same_defaults() -> None:
+    theirs = protocol.GenerateRequest()
+    ours = protocol.GenerateRequest.model_validate(messages.Request().to_json())
+    assert ours == theirs
+    for field in fields(messages.Request):
+        assert getattr(messages.Request(), field.name) == getattr(theirs, field.name)
+
+
+@pytest.mark.parametrize("variable", ["POPULACE_HOME", "POPULACE_RUNTIME_DIR", "XDG_RUNTIME_DIR", ""])
+def test_runtime_file_is_looked_for_where_the_backend_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("POPULACE_HOME", "POPULACE_RUNTIME_DIR", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        tmp_path.chmod(0o700)
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert Settings.load().runtime_dir in process.runtime_folders()
