@@ -17,6 +17,7 @@ import numba
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from scipy.sparse import coo_array, csgraph
 from scipy.spatial import cKDTree
 
 from backend.training.makehuman import BODY, Kit, Proxy, read_material, read_proxy
@@ -99,6 +100,8 @@ class Samples:
     uvs: np.ndarray  # f32 [N, 2]
     rim: np.ndarray  # f32 [N, 3]: at an open border the direction that leaves the surface, else 0
     area: float  # m^2 of the whole surface
+    cap_points: np.ndarray  # f32 [M, 3] on discs that close the borders
+    cap_vectors: np.ndarray  # f32 [M, 3] their normals times area
 
 
 def sample_surface(
@@ -121,6 +124,7 @@ def sample_surface(
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     uv = np.einsum("nk,nkc->nc", bary, uvs[face_uvs[pick]])
     rim = np.zeros_like(points)
+    cap_points, cap_vectors = np.zeros((0, 3)), np.zeros((0, 3))
 
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     third = np.concatenate([faces[:, 2], faces[:, 0], faces[:, 1]])
@@ -144,7 +148,23 @@ def sample_surface(
         normals = np.concatenate([normals, np.repeat(n, steps, 0)])
         rim = np.concatenate([rim, np.repeat(out, steps, 0)])
         uv = np.concatenate([uv, np.repeat(uvs[face_uvs[owner[border], 0]], steps, 0)])
-    return Samples(*(x.astype(np.float32) for x in (points, normals, uv, rim)), area=0.5 * float(area.sum()))
+        cap_points, cap_vectors = _caps(p, q, weld.reshape(-1)[edges[border]])
+    return Samples(*(x.astype(np.float32) for x in (points, normals, uv, rim)), 0.5 * float(area.sum()),
+                   cap_points.astype(np.float32), cap_vectors.astype(np.float32))  # fmt: skip
+
+
+def _caps(p: np.ndarray, q: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fans that close border loops, sampled: border edges p -> q [E, 3] with welded vertex ids `ends` [E, 2]."""
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(ends.max() + 1,) * 2)
+    loop = csgraph.connected_components(graph, directed=False)[1][ends[:, 0]]
+    centre = np.stack([np.bincount(loop, p[:, i]) for i in range(3)], 1) / np.bincount(loop).clip(1)[:, None]
+    c = centre[loop]
+    vector = 0.5 * np.cross(p - q, c - q)  # wound against the surface's border
+    rng = np.random.default_rng(0)
+    parts = 24
+    r1, r2 = np.sqrt(rng.random((1, parts, 1))), rng.random((1, parts, 1))
+    points = (1 - r1) * c[:, None] + r1 * (1 - r2) * p[:, None] + r1 * r2 * q[:, None]
+    return points.reshape(-1, 3), np.repeat(vector / parts, parts, 0)
 
 
 def signed_distance(
@@ -181,12 +201,13 @@ def signed_distance(
 
 
 def winding_number(samples: Samples, queries: np.ndarray, count: int = 3000) -> np.ndarray:
-    """Generalised winding number [N] (Jacobson et al. 2013) by a sum over sampled dipoles: about 1 inside, 0 outside;
-    good at distances well above the spacing of `count` samples."""
+    """Generalised winding number [N] (Jacobson et al. 2013) of the sheet with its borders capped, by a sum over sampled
+    dipoles: about 1 inside, 0 outside; good at distances well above the spacing of `count` samples."""
     inner = np.flatnonzero(np.abs(samples.rim).sum(1) == 0)
     inner = inner[:: max(1, len(inner) // count)]
-    weight = samples.area / (4 * np.pi * len(inner))
-    return _dipoles(samples.points[inner], samples.normals[inner], queries.astype(np.float32)) * weight
+    vectors = samples.normals[inner] * (samples.area / len(inner))
+    points = np.concatenate([samples.points[inner], samples.cap_points])
+    return _dipoles(points, np.concatenate([vectors, samples.cap_vectors]), queries.astype(np.float32)) / (4 * np.pi)
 
 
 @numba.njit(cache=True)
@@ -352,12 +373,16 @@ class Canonical:
 
 
 def _take(s: Samples, which: np.ndarray) -> Samples:
-    return Samples(s.points[which], s.normals[which], s.uvs[which], s.rim[which], s.area * float(which.mean()))
+    return Samples(s.points[which], s.normals[which], s.uvs[which], s.rim[which], s.area * float(which.mean()),
+                   s.cap_points, s.cap_vectors)  # fmt: skip
 
 
 def _join(*many: Samples) -> Samples:
-    fields = ("points", "normals", "uvs", "rim")
-    return Samples(*(np.concatenate([getattr(s, f) for s in many]) for f in fields), sum(s.area for s in many))
+    def joined(field: str) -> np.ndarray:
+        return np.concatenate([getattr(s, field) for s in many])
+
+    return Samples(joined("points"), joined("normals"), joined("uvs"), joined("rim"), sum(s.area for s in many),
+                   joined("cap_points"), joined("cap_vectors"))  # fmt: skip
 
 
 # --- items: garments and hair -----------------------------------------------------------------------------------------

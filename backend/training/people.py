@@ -201,6 +201,9 @@ class PartData:
             item["palette"] = np.concatenate([np.median(item["rgb"], 0), np.quantile(item["rgb"], 0.2, axis=0)])
         self.grids = load_grids(data)
         self.volumes = [b.volume for b in SMALL[part].shape]
+        skin = np.load(data / "pool.npz")["skin"]
+        held = [(v.local(torch.from_numpy(skin)).abs() < 1).all(-1).numpy() for v in self.volumes]
+        self.pool = skin[np.any(held, axis=0)]
         self.cut = CutGarments(data) if part in ("top", "bottom") else None
         self.cut_share = 0.4 if self.cut else 0.0
         self.patterns = len(PATTERNS) if part in ("top", "bottom") else 2
@@ -219,7 +222,7 @@ class PartData:
         points, sdf, body = item["points"][at], item["sdf"][at], item["body"][at]
         # the volumes are larger than the item: out there it must stay away, too
         lo, hi = item["points"].min(0), item["points"].max(0)
-        far = fill_volumes(self.volumes, count // 6, rng)
+        far = np.concatenate([fill_volumes(self.volumes, count // 8, rng), self._near_skin(count // 6, rng)])
         far = far[((far < lo) | (far > hi)).any(1)]
         return Draw(
             self.describe(i),
@@ -227,6 +230,10 @@ class PartData:
             np.concatenate([sdf, np.full(len(far), TRUNCATION, np.float32)]),
             np.concatenate([body, body_distance(self.grids, far)]),
         )
+
+    def _near_skin(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        at = rng.integers(len(self.pool), size=count)
+        return (self.pool[at] + rng.normal(0, 0.008, (count, 3))).astype(np.float32)
 
     def color(
         self, count: int, rng: np.random.Generator
@@ -264,6 +271,10 @@ class SkinData:
 
     def __init__(self, data: Path) -> None:
         self.skin = dict(np.load(data / "skin.npz"))
+        points, eye = self.skin["points"], self.skin["is_eye"]
+        face = (points[:, 1] > 1.40) & (points[:, 2] > 0.0) & (np.abs(points[:, 0]) < 0.12)
+        rims = face & (points[:, 1] > 1.545) & (points[:, 1] < 1.60) & (points[:, 2] > 0.07)  # lids and brows
+        self.pools = [np.flatnonzero(which) for which in (eye, rims, face & ~rims & ~eye, ~face & ~eye)]
         self.mean = [s[~self.skin["is_eye"]].mean(0) / 255 for s in self.skin["skins"]]
         self.described = sum(len(self.skin[k]) for k in ("skins", "irises", "brows"))
 
@@ -274,7 +285,10 @@ class SkinData:
 
     def color(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         s, i, b = (int(rng.integers(len(self.skin[k]))) for k in ("skins", "irises", "brows"))
-        at = rng.integers(len(self.skin["points"]), size=count)
+        shares = (0.15, 0.2, 0.3, 0.35)  # of eyes, lids, face, rest: what people look at counts most
+        at = np.concatenate(
+            [p[rng.integers(len(p), size=int(s * count))] for p, s in zip(self.pools, shares, strict=True)]
+        )
         points = self.skin["points"][at]
         rgb = self.skin["skins"][s, at].astype(np.float32) / 255
         gain = rng.uniform(0.8, 1.15) * rng.uniform(0.96, 1.04, 3)
@@ -327,7 +341,7 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
         done = json.loads((run / f"{net}.json").read_text())["steps"]
     planes = [p for n, p in trained.named_parameters() if "basis" in n]
     rest = [p for n, p in trained.named_parameters() if "basis" not in n]
-    first = 0.3 if done else 1.0
+    first = 0.5 if done else 1.0  # a continued run anneals again
     optimiser = torch.optim.Adam(
         [{"params": planes, "lr": 0.02 * first}, {"params": rest, "lr": 0.003 * first}], betas=(0.9, 0.98), eps=1e-10
     )
