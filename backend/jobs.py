@@ -126,7 +126,11 @@ class Jobs:
 
     async def start(self) -> None:
         """Take up what an earlier server left, then begin to work."""
+        oldest = time.time() - self._settings.max_results_age_s
         for stored in await self._on_disk(self.store.load):
+            if stored.status is None and stored.created < oldest:  # nobody waits for it any more
+                await self._on_disk(self.store.remove, stored.id)
+                continue
             job = self._jobs[stored.id] = _job_from(stored)
             if job.state == "queued":
                 self._queue.push(job)

@@ -248,9 +248,11 @@ def test_oldest_results_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_restart_takes_up_what_was_left(tmp_path: Path) -> None:
     """As after a power cut: folders with a request only, with a result but no status, with half of something."""
     store = JobStore(tmp_path / "jobs")
-    ids = [uuid.uuid4().hex for _ in range(5)]
+    ids = [uuid.uuid4().hex for _ in range(6)]
+    now = time.time()
     for i, job_id in enumerate(ids):
-        store.create(JobRequest(id=job_id, client="a", request=GenerateRequest(family="capsule", seed=i)), 100.0 + i)
+        request = JobRequest(id=job_id, client="a", request=GenerateRequest(family="capsule", seed=i))
+        store.create(request, now + i if i < 5 else now - 48 * 3600)  # the last one is too old to be waited for
     store.path(ids[1], RESULT).write_bytes(b"whole")
     store.path(ids[2], f".{RESULT}.9.partial").write_bytes(b"ha")
     store.path(ids[3], "request.json").write_bytes(b'{"job": {"id":')
@@ -272,6 +274,7 @@ def test_restart_takes_up_what_was_left(tmp_path: Path) -> None:
             assert not [*(tmp_path / "jobs").glob("*/.*")]
             assert (tmp_path / "jobs" / "not-ours").exists()
             assert not (tmp_path / "jobs" / ids[3]).exists()
+            assert not (tmp_path / "jobs" / ids[5]).exists()
 
     asyncio.run(life())
 

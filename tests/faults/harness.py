@@ -21,7 +21,7 @@ import psutil
 from tests.faults.stand_in_worker import packet_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0  # how long a test waits before it fails; nothing is measured with it
+PATIENCE_S = 180.0  # how long a test waits before it fails; nothing is measured with it
 
 QUICK = {
     "backend.guard.READ_TIMEOUT_S": 1.0, "backend.guard.WRITE_TIMEOUT_S": 1.0, "backend.jobs.KEEP_ALIVE_S": 0.2,

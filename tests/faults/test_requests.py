@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from backend.protocol import GenerateRequest
 from tests.faults.harness import Backend, new_id, until
 from tests.faults.stand_in_worker import BIG, BIG_BYTES, SLOW
 
@@ -112,6 +115,23 @@ def test_f06_still_works(backend: Backend) -> None:
     assert backend.error("POST", "/v1/jobs", {"id": new_id(), "request": {**GOOD, "family": "nobody"}}) == (
         422, "unknown_family")  # fmt: skip
     backend.still_works()
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([1024, "a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+fields = st.sampled_from([*GenerateRequest.model_fields, "other"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(fields, anything, max_size=4) | anything, st.sampled_from(["request", "id", "client", "x"]))
+def test_f06_anything_is_answered(backend: Backend, value: object, place: str) -> None:
+    body = json.dumps({"id": new_id(), "request": GOOD} | {place: value}).encode()
+    status, _, data = backend.call("POST", "/v1/jobs", body)
+    assert status in (200, 422), (body, data)
+    if status == 200:
+        backend.call("DELETE", f"/v1/jobs/{json.loads(data)['id']}")
 
 
 def test_f07_large_bodies(backend: Backend) -> None:
