@@ -24,7 +24,7 @@ from tests.blender_addon.test_scene import counts
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for the backend")
 
 
-def pump_until(addon: SimpleNamespace, condition: Callable[[], Any], timeout_s: float = 15) -> None:
+def pump_until(addon: SimpleNamespace, condition: Callable[[], Any], timeout_s: float = 30) -> None:
     """What Blender's timer would do."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -50,7 +50,7 @@ def faked(addon: SimpleNamespace, home: Path, monkeypatch: pytest.MonkeyPatch) -
         state.shutdown()
         pump_until(addon, lambda: state.link is addon.session.Link.OFF)
     addon.bpy.context.preferences.addons[PACKAGE].preferences.python = ""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 20
     while any(child.poll() is None for child in addon.process._left_alone):
         assert time.monotonic() < end
         time.sleep(0.02)
