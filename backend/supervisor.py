@@ -152,9 +152,11 @@ class Worker:
     async def close(self) -> None:
         if self._process is not None:
             await self._end(self._process)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if tasks := list(self._tasks):  # they end when the pipes do; asyncio complains of pipes left open
+            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------------------------------------------------------------- process
 
@@ -250,6 +252,9 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+        if process.stdout is not None:  # what nobody will read, up to the end of the pipe
+            with contextlib.suppress(TimeoutError, RuntimeError):
+                await asyncio.wait_for(process.stdout.read(), STOP_TIMEOUT_S)
 
     async def _copy_errors(self, process: asyncio.subprocess.Process) -> None:
         """What it writes to stderr goes to our log, so that one process alone rotates the files."""
