@@ -27,12 +27,14 @@ from backend.protocol import PopulaceError
 
 log = logging.getLogger(__name__)
 
+_CHUNK = 1 << 15  # points for the field between two looks at whether to stop
+
 
 @torch.no_grad()
 def bake(field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, step: Step = no_step) -> Textures:
     """Base colour and tangent-space normal map of `mesh`, which has uvs and lies close to `fine`.
 
-    One call of `field.color` with a point of the fine surface for each covered texel. Texels that no chart covers
+    `field.color` is asked once for each covered texel, at a point of the fine surface. Texels that no chart covers
     take the value of the nearest covered one, so nothing bleeds in at seams. Shading normals are those of
     `vertex_normals(mesh.vertices, mesh.faces)`. Raises `internal_error` if a colour is not finite.
     """
@@ -66,12 +68,15 @@ def bake(field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, ste
     with ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:
         for share, _ in enumerate(pool.map(work, range(len(bounds) - 1))):
             step("bake", 0.1 + 0.3 * (share + 1) / (len(bounds) - 1))
-    color = field.color(torch.from_numpy(points).to(fine.vertices.device))
+    colors = []
+    for chunk in torch.from_numpy(points).to(fine.vertices.device).split(_CHUNK):
+        colors.append(field.color(chunk))
+        step("bake", 0.4 + 0.5 * min(1.0, len(colors) * _CHUNK / len(points)))
+    color = torch.cat(colors)
     if not torch.isfinite(color).all():
         raise PopulaceError(
             "internal_error", f"The colours of {field.name!r} are not finite.", "Try another seed; verify the weights."
         )
-    step("bake", 0.9)
     base_color = (color.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
     nearest = _nearest(texels, texture_size)
     log.info("bake: %d of %d texels covered", len(texels), texture_size**2)

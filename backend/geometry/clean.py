@@ -43,10 +43,10 @@ def clean(mesh: TriMesh) -> TriMesh:
     if count > 1:
         log.info("clean: kept 1 of %d pieces, dropped %d floaters and %d inner or open shells", count,
                  np.count_nonzero(solid > 0) - 1, np.count_nonzero(solid <= 0))  # fmt: skip
-    return _take(mesh, faces[label == solid.argmax()], origin)
+    return take_faces(mesh, faces[label == solid.argmax()], origin)
 
 
-def _take(mesh: TriMesh, faces: Int[np.ndarray, "F 3"], origin: Int[np.ndarray, " V"]) -> TriMesh:
+def take_faces(mesh: TriMesh, faces: Int[np.ndarray, "F 3"], origin: Int[np.ndarray, " V"]) -> TriMesh:
     """A mesh of `faces`, which index `origin`, which indexes the vertices of `mesh`; only the vertices in use."""
     used = np.zeros(len(origin), bool)
     used[faces.reshape(-1)] = True

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from backend.families.base import HumanField
-from backend.geometry import tetgrid
+from backend.geometry import marching, tetgrid
 from backend.geometry.mesh import TriMesh
 
 
@@ -34,14 +34,15 @@ def march_by_unique(
     inside = sdf < 0
     number_inside = inside[tets.reshape(-1)].reshape(-1, 4).sum(1)
     cut = tets[(number_inside > 0) & (number_inside < 4)]
-    pairs = cut[:, torch.as_tensor(tetgrid._TET_EDGES)].reshape(-1, 2).sort(dim=1).values
+    pairs = cut[:, torch.as_tensor(marching.TET_EDGES, device=tets.device)].reshape(-1, 2).sort(dim=1).values
     unique, inverse = torch.unique(pairs, dim=0, return_inverse=True)
     crossing = inside[unique.reshape(-1)].reshape(-1, 2).sum(1) == 1
     number = torch.where(crossing, crossing.cumsum(0) - 1, -1)[inverse].reshape(-1, 6)
-    case = (inside[cut] * torch.tensor([1, 2, 4, 8])).sum(1)
-    table, count = torch.as_tensor(tetgrid._TRIANGLES)[case], torch.as_tensor(tetgrid._TRIANGLE_COUNT)[case]
+    case = (inside[cut] * torch.tensor([1, 2, 4, 8], device=tets.device)).sum(1)
+    table = torch.as_tensor(marching.TRIANGLES, device=tets.device)[case]
+    count = torch.as_tensor(marching.TRIANGLE_COUNT, device=tets.device)[case, None]
     faces = torch.gather(number, 1, table.reshape(-1, 6)).reshape(-1, 2, 3)
-    return tetgrid.interpolate(values, sdf, unique[crossing]), faces[torch.arange(2) < count[:, None]]
+    return marching.interpolate(values, sdf, unique[crossing]), faces[torch.arange(2, device=tets.device) < count]
 
 
 def unwrap_by_xatlas(mesh: TriMesh) -> int:

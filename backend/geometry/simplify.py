@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from backend.geometry.clean import _take
+from backend.geometry.clean import take_faces
 from backend.geometry.mesh import TriMesh
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def simplify(mesh: TriMesh, faces: int, importance: Float[Tensor, " V"] | None =
                 break
             strict = False
         now = fewer
-    return _take(mesh, now, np.arange(len(positions)))
+    return take_faces(mesh, now, np.arange(len(positions)))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""From a signed distance field to triangles: marching tetrahedra (Doi & Koide 1991) on a deformable lattice
-(DMTet, Shen et al. 2021), evaluated only near the surface.
-
-The lattice is the cubic one. Every cube is cut into five tetrahedra: one between its four corners of even parity
-(i + j + k even, counted over the whole lattice) and one at each odd corner. All diagonals join even nodes, so
-neighbouring cubes agree on their shared face, and the lattice has all the symmetries of the cube: a mirrored body
-gives a mirrored mesh. Corner c of a cube sits at ((c >> 2) & 1, (c >> 1) & 1, c & 1).
-"""
+"""From a signed distance field to triangles: marching tetrahedra on a cubic lattice that is deformed by the field's
+offsets (DMTet, Shen et al. 2021), evaluated only near the surface."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import dataclass
 
@@ -21,145 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from backend.families.base import HumanField, Step, no_step
+from backend.geometry import marching
 from backend.geometry.mesh import TriMesh
 from backend.protocol import PopulaceError
 
 log = logging.getLogger(__name__)
 
-# A vertex keeps this share of its edge away from either end, so that no triangle degenerates where the field is zero
-# at a lattice node.
-_KEEP_OFF = 1e-3
 # How much steeper than a true distance the field may be before cells are only found by following the surface.
 _LIPSCHITZ = 1.2
 # By how many cells the interpolated surface may be off before a cell is only found that way.
 _MARGIN = 0.35
 _COARSEST = 32  # cells along the longest side at the first level, about
-
-_CORNERS = np.array([[c >> 2 & 1, c >> 1 & 1, c & 1] for c in range(8)], np.int32)
-_TET_EDGES = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
-
-
-def _triangle_table() -> tuple[Int[np.ndarray, "16 2 3"], Int[np.ndarray, " 16"]]:
-    """For every set of inside corners (bit i: corner i) of a positively oriented tetrahedron, the edges that bear the
-    corners of its triangles, counter-clockwise seen from outside, and how many triangles there are."""
-    edge = {frozenset(pair): i for i, pair in enumerate(_TET_EDGES.tolist())}
-    table, count = np.zeros((16, 2, 3), np.int64), np.zeros(16, np.int64)
-    for i, j, k, m in itertools.permutations(range(4)):
-        if np.linalg.det(np.eye(4)[[i, j, k, m]]) < 0:  # even permutations keep the orientation
-            continue
-        e = [[edge.get(frozenset((a, b)), -1) for b in range(4)] for a in range(4)]
-        table[1 << i, 0] = e[i][j], e[i][k], e[i][m]
-        table[15 - (1 << i), 0] = e[i][j], e[i][m], e[i][k]
-        count[[1 << i, 15 - (1 << i)]] = 1
-        if i < j:  # the quad i|k, i|m, j|m, j|k: i and j inside, k and m outside
-            table[1 << i | 1 << j] = (e[i][k], e[i][m], e[j][m]), (e[i][k], e[j][m], e[j][k])
-            count[1 << i | 1 << j] = 2
-    return table, count
-
-
-_TRIANGLES, _TRIANGLE_COUNT = _triangle_table()
-
-
-def _cube_tets() -> Int[np.ndarray, "2 5 4"]:
-    """Corners of the five positively oriented tetrahedra of a cube whose corner 0 is even, and odd."""
-    tets = np.zeros((2, 5, 4), np.int64)
-    for parity in range(2):
-        odd = [c for c in range(8) if (c.bit_count() + parity) % 2]
-        tets[parity, 0] = [c for c in range(8) if c not in odd]
-        tets[parity, 1:] = [[c, c ^ 1, c ^ 2, c ^ 4] for c in odd]
-        for tet in tets[parity]:
-            if np.linalg.det((_CORNERS[tet[1:]] - _CORNERS[tet[0]]).astype(float)) < 0:
-                tet[2:] = tet[:1:-1]
-    return tets
-
-
-_CUBE_TETS = _cube_tets()
-
-
-def _cube_table() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The triangles of a whole cube for every set of inside corners.
-
-    Returns edges [24, 2] (corners, lower first), where they are kept [24, 2] (corner, slot), triangles
-    [2 parities, 256 codes, 12, 3] (edges) and their number [2, 256]. An edge along an axis is kept at its lower corner
-    in slot 0..2, a face's diagonal (each face has one) at the face's lowest corner in slot 3..5.
-    """
-    edges = [(a, b) for a in range(8) for b in range(a + 1, 8) if (a ^ b).bit_count() < 3]
-    kept = np.zeros((len(edges), 2), np.int32)
-    for i, (a, b) in enumerate(edges):
-        along = a ^ b
-        kept[i] = a & b, {4: 0, 2: 1, 1: 2, 3: 3, 5: 4, 6: 5}[along]
-    triangles, count = np.zeros((2, 256, 12, 3), np.int32), np.zeros((2, 256), np.int32)
-    for parity, code in itertools.product(range(2), range(256)):
-        for tet in _CUBE_TETS[parity]:
-            case = sum((code >> int(tet[i]) & 1) << i for i in range(4))
-            for triangle in _TRIANGLES[case, : _TRIANGLE_COUNT[case]]:
-                pairs = [tuple(sorted(tet[_TET_EDGES[e]].tolist())) for e in triangle]
-                triangles[parity, code, count[parity, code]] = [edges.index(pair) for pair in pairs]
-                count[parity, code] += 1
-    return np.array(edges, np.int32), kept, triangles, count
-
-
-_EDGES, _KEPT, _CUBE_TRIANGLES, _CUBE_COUNT = _cube_table()
-
-
-def interpolate(
-    values: Float[Tensor, "V C"], sdf: Float[Tensor, " V"], edges: Int[Tensor, "M 2"]
-) -> Float[Tensor, "M C"]:
-    """`values` where the field, linear along each edge, is zero (DMTet, eq. 3). Swapping the ends changes no bit."""
-    a, b = edges.unbind(1)
-    difference = sdf[a] - sdf[b]
-    to_a = (-sdf[b] / difference).clamp(_KEEP_OFF, 1 - _KEEP_OFF)
-    to_b = (sdf[a] / difference).clamp(_KEEP_OFF, 1 - _KEEP_OFF)
-    return values[a] * to_a[:, None] + values[b] * to_b[:, None]
-
-
-def unique_edges(tets: Int[Tensor, "T 4"]) -> tuple[Int[Tensor, "E 2"], Int[Tensor, "T 6"]]:
-    """The edges of a tetrahedral grid, lower index first, and which six belong to each tetrahedron. Build it once per
-    grid: it costs far more than one extraction."""
-    pairs = tets[:, torch.as_tensor(_TET_EDGES, device=tets.device)].sort(dim=2).values
-    scale = int(tets.max()) + 1
-    keys, inverse = torch.unique(pairs[..., 0] * scale + pairs[..., 1], return_inverse=True)
-    return torch.stack([keys // scale, keys % scale], 1), inverse.reshape(-1, 6)
-
-
-def marching_tetrahedra(
-    vertices: Float[Tensor, "*B V 3"],
-    sdf: Float[Tensor, "*B V"],
-    tets: Int[Tensor, "T 4"],
-    edges: tuple[Int[Tensor, "E 2"], Int[Tensor, "T 6"]] | None = None,
-) -> tuple[Float[Tensor, "M 3"], Int[Tensor, "F 3"]] | list[tuple[Float[Tensor, "M 3"], Int[Tensor, "F 3"]]]:
-    """The zero surface of a field given at the vertices of a tetrahedral grid; a list of surfaces for a batch.
-
-    Differentiable with respect to `vertices` and `sdf`. Negative is inside; zero counts as outside. Faces are
-    counter-clockwise from outside whatever the orientation of a tetrahedron. Vertices come in the order of the grid's
-    edges, faces in that of the tetrahedra; the surface is closed where it does not leave the grid. `edges`: what
-    `unique_edges(tets)` returns, if at hand.
-    """
-    if sdf.ndim == 1:
-        return marching_tetrahedra(vertices[None], sdf[None], tets, edges)[0]
-    negative = sdf.detach() < 0
-    if edges is None:
-        corners = negative[:, tets]
-        tets = tets[(corners.any(2) & ~corners.all(2)).any(0)]
-        if len(tets) == 0:
-            return [(v[:0], tets.new_zeros(0, 3)) for v in vertices.expand(len(sdf), -1, -1)]
-        edges = unique_edges(tets)
-    pairs, tet_edges = edges
-    triangles = torch.as_tensor(_TRIANGLES, device=tets.device)
-    bits = torch.tensor([1, 2, 4, 8], device=tets.device)
-    surfaces = []
-    for points, field, inside in zip(vertices.expand(len(sdf), -1, -1), sdf, negative):
-        crossing = inside[pairs[:, 0]] != inside[pairs[:, 1]]
-        number = crossing.cumsum(0) - 1
-        case = (inside[tets] * bits).sum(1)
-        cut = ((case > 0) & (case < 15)).nonzero()[:, 0]
-        case, corners = case[cut], points.detach()[tets[cut]]
-        flipped = torch.linalg.det(corners[:, 1:] - corners[:, :1]) < 0
-        faces = number[tet_edges[cut]].gather(1, triangles[case].flatten(1)).unflatten(1, (2, 3))
-        faces = torch.where(flipped[:, None, None], faces.flip(2), faces)
-        used = torch.arange(2, device=tets.device) < torch.as_tensor(_TRIANGLE_COUNT, device=tets.device)[case, None]
-        surfaces.append((interpolate(points, field, pairs[crossing]), faces[used]))
-    return surfaces
+_CHUNK = 1 << 15  # points for the field between two looks at whether to stop
 
 
 @dataclass(frozen=True)
@@ -200,7 +66,7 @@ class Lattice:
         strides = np.array([nodes[1] * nodes[2], nodes[2], 1])
         corners = cubes @ strides
         parity = (cubes + self.low).sum(1) % 2
-        tets = corners[:, None, None] + (_CORNERS @ strides)[_CUBE_TETS[parity]]
+        tets = corners[:, None, None] + (marching.CORNERS @ strides)[marching.CUBE_TETS[parity]]
         return self.points(index, device), torch.from_numpy(tets.reshape(-1, 4)).to(device)
 
 
@@ -211,20 +77,25 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     The field is asked at the nodes of a coarse lattice, then only where the surface may be: at a node where |sdf| is
     more than the farthest point of the next cell away there is none. At the last level the surface is followed from
     cell to cell, so that it is closed even where the field is steeper than a distance. The cost grows with the
-    surface, and the mesh is the one that asking everywhere would give. One call of `field.sdf` per level (a few more
-    where the surface had to be followed), one of `field.offset`.
+    surface, and the mesh is the one that asking everywhere would give. `step` is called after every few thousand
+    points; `field.offset` is asked once, at the nodes of the edges that the surface crosses.
 
     Raises `empty_surface` if there is no surface, if it leaves the box or if the field is not finite.
     """
     device = field.bounds.device
     lattice = Lattice.of(field.bounds, grid_resolution)
     levels = max(0, round(np.log2(grid_resolution / _COARSEST)))
-    asked = 0
+    asked, fraction = 0, 0.0
 
-    def ask(index: Int[np.ndarray, "N 3"]) -> Float[np.ndarray, " N"]:
-        nonlocal asked
-        asked += len(index)
-        sdf = field.sdf(lattice.points(index, device)).float().cpu().numpy()
+    def ask(index: Int[np.ndarray, "N 3"], until: float) -> Float[np.ndarray, " N"]:
+        nonlocal asked, fraction
+        values, since = [np.empty(0, np.float32)], fraction
+        for chunk in lattice.points(index, device).split(_CHUNK) if len(index) else ():
+            values.append(field.sdf(chunk).float().cpu().numpy())
+            asked += len(chunk)
+            fraction += (until - since) * len(chunk) / len(index)
+            step("surface", fraction)
+        sdf = np.concatenate(values)
         if not np.isfinite(sdf).all():
             raise PopulaceError(
                 "empty_surface", f"The field is not a number at {np.count_nonzero(~np.isfinite(sdf))} of {len(sdf)} "
@@ -242,9 +113,8 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     cells = np.indices(-(-lattice.cells // stride)).reshape(3, -1).T.astype(np.int32)
     corners, nodes = _number(cells)
     step("surface", 0.0)
-    sdf = ask(nodes * stride)
+    sdf = ask(nodes * stride, 0.9 * 0.4**levels)
     while stride > 1:
-        step("surface", 0.9 * 0.25 ** np.log2(stride))  # each level has about four times the points of the last
         limit = _LIPSCHITZ * np.sqrt(3) / 2 * stride * lattice.spacing
         stride //= 2
         # only the last level is trimmed by interpolation: it has most points, and what it loses is followed
@@ -254,13 +124,14 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         sdf = np.full(len(nodes), np.nan, np.float32)
         sdf[corners[np.arange(len(cells)), octant]] = known
         new = np.isnan(sdf)
-        sdf[new] = ask(nodes[new] * stride)
+        sdf[new] = ask(nodes[new] * stride, 0.9 * 0.4 ** np.log2(stride))
     while len(missing := _missing_neighbours(cells, corners, sdf)):
         cells = np.concatenate([cells, missing])
         corners, nodes = _number(cells)
-        sdf = np.concatenate([sdf, ask(nodes[len(sdf) :])])
+        sdf = np.concatenate([sdf, ask(nodes[len(sdf) :], 0.9)])
     edges, faces = _march(
-        corners, (cells + lattice.low).sum(1) % 2, sdf, _EDGES, _KEPT, _CUBE_TRIANGLES, _CUBE_COUNT
+        corners, (cells + lattice.low).sum(1) % 2, sdf,
+        marching.EDGES, marching.KEPT, marching.CUBE_TRIANGLES, marching.CUBE_COUNT,
     )  # fmt: skip
     if len(faces) == 0:
         raise PopulaceError(
@@ -273,7 +144,7 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     points = lattice.points(nodes[used], device)
     pairs = torch.from_numpy(edges.reshape(-1, 2)).to(device)
     at_nodes = torch.cat([points, points + field.offset(points)], 1)
-    both = interpolate(at_nodes, torch.from_numpy(sdf[used]).to(device), pairs)
+    both = marching.interpolate(at_nodes, torch.from_numpy(sdf[used]).to(device), pairs)
     if not torch.isfinite(both).all():
         raise PopulaceError("empty_surface", f"The offsets of {field.name!r} are not finite.", "Try another seed.")
     return TriMesh(both[:, 3:].contiguous(), torch.from_numpy(faces).to(device), both[:, :3].contiguous())
