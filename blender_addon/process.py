@@ -9,6 +9,7 @@ from a file; at most it ends the child that it started itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ RESTARTS_PER_S: Final = 300.0
 RUNTIME_FILE: Final = "backend.json"
 _MAX_RUNTIME_FILE_BYTES: Final = 64 << 10
 POLL_S: Final = 0.05
+_FOLDER_PREFIX: Final = "populace-start-"
+_DAY_S: Final = 24 * 3600.0
 _IS_WINDOWS: Final = os.name == "nt"
 
 INSTALL_HINT: Final = "Install it (pip install . in Populace's source folder), then choose the Python you used for it."
@@ -170,7 +173,8 @@ class Child:
     def __init__(self, command: Command) -> None:
         """Raises `BackendError` if the program cannot be run at all."""
         _left_alone[:] = [process for process in _left_alone if process.poll() is None]
-        self._folder = Path(tempfile.mkdtemp(prefix="populace-start-"))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
         self._process: subprocess.Popen[Any] | None = None
         flags: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in Blender's terminal is not meant for it
         if sys.platform == "win32":
@@ -222,6 +226,14 @@ class Child:
                 return file.read().decode("utf-8", "replace")
         except OSError:
             return ""
+
+
+def _sweep() -> None:
+    """Remove what Blenders that were killed could not."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _DAY_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 async def start(command: Command, started: Callable[[Child], None], report: Callable[[str], None]) -> Address:

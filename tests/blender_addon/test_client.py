@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -392,6 +393,18 @@ def test_backend_that_dies_at_every_job_is_not_restarted_for_ever(home: Path, mo
 
     own(home, scenario, script(home, monkeypatch, "dies_at_work"))
     assert len((home / "starts").read_text().splitlines()) == 1 + process.RESTARTS
+
+
+def test_folders_of_killed_blenders_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, new, other = (tmp_path / name for name in ("populace-start-old", "populace-start-new", "somebody-else"))
+    for folder in (old, new, other):
+        (folder / "log").mkdir(parents=True)
+    for folder in (old, other):
+        os.utime(folder, (1e9, 1e9))
+    with pytest.raises(BackendError, match="could not be started"):
+        process.Child(process.Command((str(tmp_path / "nothing"),), str(tmp_path)))
+    assert sorted(tmp_path.iterdir()) == [new, other], "and its own is gone"
 
 
 @needs_posix
