@@ -176,6 +176,7 @@ class _Clock:
         self._stage = ""
         self._share = 0.0  # of the current stage in the whole
         self._done = 0.0  # what all finished stages made up
+        self._told = 0.0
         self.parts = 1
         self.seconds: dict[str, float] = {}
         self.peak_rss_mib: dict[str, float] = {}
@@ -199,12 +200,14 @@ class _Clock:
             self.peak_gpu_mib[name] = round(max(self.peak_gpu_mib.get(name, 0.0), mib), 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
         self.peak_rss_mib[name] = max(self.peak_rss_mib.get(name, 0.0), _peak_rss_mib())
+        self.step(name, 1.0)
         self._done += self._share
-        self._report(name, min(self._done, 1.0))
 
     def step(self, stage: str, fraction: float) -> None:
         """What the stages call: `fraction` of the current stage, under whatever name they give it."""
-        self._report(self._stage, min(self._done + self._share * min(max(fraction, 0.0), 1.0), 1.0))
+        whole = self._done + self._share * min(max(fraction, 0.0), 1.0)
+        self._told = min(max(self._told, whole), 1.0)  # sums of shares differ in their last digit
+        self._report(self._stage, self._told)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         return {
