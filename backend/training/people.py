@@ -356,6 +356,7 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
     else:
         loss_of = lambda: _tex_loss(generator, shape_encoder, tex_encoder, source, batch, count, rng)  # noqa: E731
     banks = trained["net"].banks
+    roughness_weight = 3.0 if kind == "shape" else 0.3
     start = saved = time.monotonic()
     smooth, steps = 0.0, 0
     while (now := time.monotonic() - start) < minutes * 60:
@@ -363,7 +364,7 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * max(0.02, 0.5 * (1 + np.cos(np.pi * part_done))) * min(1, (steps + 1) / 50)
         loss = loss_of()
-        total = loss + 0.02 * smoothness(banks) if steps % 8 == 0 else loss
+        total = loss + roughness_weight * smoothness(banks) if steps % 4 == 0 else loss
         optimiser.zero_grad(set_to_none=True)
         total.backward()
         optimiser.step()

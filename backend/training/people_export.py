@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 GRID_STEP = {"whole": 0.008, "head": 0.0025, "hand_l": 0.0026, "hand_r": 0.0026}  # metres, as shipped
 NEUTRALS = ((0.06, 0.06, 0.07), (0.92, 0.92, 0.90), (0.45, 0.45, 0.47), (0.12, 0.16, 0.30), (0.20, 0.29, 0.42),
             (0.72, 0.64, 0.50), (0.36, 0.26, 0.18), (0.33, 0.36, 0.24), (0.70, 0.71, 0.73))  # fmt: skip
+BODY_ACTIVE = 12  # leading directions of the body that are not Gaussian: sex, age, build
 SHORT_HAIR = ("short01", "short03", "short04")
 
 
@@ -116,7 +117,7 @@ class Wardrobe:
         return described, tex, palette
 
 
-def transport(w: np.ndarray, condition: np.ndarray, z: np.ndarray, rng, rounds: int = 400) -> np.ndarray:
+def transport(w: np.ndarray, condition: np.ndarray, z: np.ndarray, rng, rounds: int = 150) -> np.ndarray:
     """Move Gaussian z [N, D] onto the distribution of w [N, D] given condition [N, C], by sliced optimal transport
     (Bonneel et al. 2015): along random directions, particles move to the target's quantiles. Standardised inputs."""
     x = z.copy()
@@ -131,47 +132,54 @@ def transport(w: np.ndarray, condition: np.ndarray, z: np.ndarray, rng, rounds: 
     return x
 
 
-def fit_mapping(mapping: Mapping, w: np.ndarray, condition: np.ndarray, active: int, steps: int = 2000) -> float:
-    """Regress the mapping on transported pairs; returns the mean distance to the nearest code, in standard units."""
+def fit_mapping(mapping: Mapping, w: np.ndarray, condition: np.ndarray, steps: int = 2500) -> float:
+    """Regress the mapping on transported pairs; returns the mean distance to the nearest code, in standard units.
+
+    Codes of garments form clusters: their main directions are matched with z, then each particle takes the nearest
+    real code, so that nothing lies between a shirt and a coat. Bodies (no condition) are matched directly.
+    """
     rng = np.random.default_rng(0)
-    n, d = w.shape
-    mean, std = w.mean(0), w.std(0) + 1e-3
-    z = rng.normal(size=(n, mapping.skip.in_features)).astype(np.float32)
+    n = len(w)
+    mean, std = w.mean(0), w.std(0)
+    std = std + 0.05 * std.max()  # numbers that hardly vary must not rule the distances
     goal = (w - mean) / std
-    x = z[:, :d].astype(np.float64)
-    # a condition weighs more than one number of the code: it decides which codes are plausible
-    x[:, :active] = transport(goal[:, :active], 2 * condition, x[:, :active], rng)
-    if condition.shape[1]:  # snap to real codes: nothing between a shirt and a coat
-        tree = cKDTree(np.concatenate([goal, 1.5 * condition], 1))
-        x = goal[tree.query(np.concatenate([x, 1.5 * condition], 1))[1]]
+    z = rng.normal(size=(n, mapping.skip.in_features)).astype(np.float32)
     with torch.no_grad():
         mapping.skip.weight.zero_()
-        if not condition.shape[1]:
+        if condition.shape[1] == 0:
+            x = z.astype(np.float64)
+            x[:, :BODY_ACTIVE] = transport(goal[:, :BODY_ACTIVE], condition, x[:, :BODY_ACTIVE], rng)
             mapping.skip.weight.copy_(torch.diag(torch.from_numpy(std)))
+        else:
+            _, spread, axes = np.linalg.svd(goal[:: max(1, n // 2000)], full_matrices=False)
+            active = z.shape[1]
+            main = goal @ axes[:active].T / (spread[:active] / np.sqrt(min(n, 2000)) + 0.1)
+            moved = transport(main, 2 * condition, z.astype(np.float64), rng)
+            tree = cKDTree(np.concatenate([main, 1.5 * condition], 1))
+            x = goal[tree.query(np.concatenate([moved, 1.5 * condition], 1), workers=2)[1]]
     zt, ct = torch.from_numpy(z), torch.from_numpy(condition.astype(np.float32))
     xt, scale = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(std.astype(np.float32))
     bias = torch.from_numpy(mean.astype(np.float32))
-    optimiser = torch.optim.Adam(mapping.net.parameters(), 3e-3)
+    optimiser = torch.optim.Adam(mapping.net.parameters(), 4e-3)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
-        at = torch.from_numpy(rng.integers(n, size=1024))
+        optimiser.param_groups[0]["lr"] = 4e-3 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        at = torch.from_numpy(rng.integers(n, size=512))
         w_hat = mapping.skip(zt[at]) + mapping.net(torch.cat([zt[at], ct[at]], 1))
         loss = (((w_hat - bias) / scale - xt[at]) ** 2).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     if len(mapping.centres) > 1:
-        centres, _ = kmeans2(goal.astype(np.float64), len(mapping.centres), seed=1, minit="++")
+        centres, _ = kmeans2(goal[rng.permutation(n)[:2000]] + 1e-3 * rng.normal(size=(min(n, 2000), w.shape[1])),
+                             len(mapping.centres), seed=1, minit="points", missing="warn")  # fmt: skip
         nearest = cKDTree(goal).query(centres)[1]  # a centre is a real code
         mapping.centres.copy_(torch.from_numpy(w[nearest].astype(np.float32)))
-    else:
-        mapping.centres.zero_()
     with torch.no_grad():
         out = mapping.skip(zt) + mapping.net(torch.cat([zt, ct], 1))
-    return float(cKDTree(goal).query(((out - bias) / scale).numpy())[0].mean() / np.sqrt(d))
+    return float(cKDTree(goal).query(((out - bias) / scale).numpy()[:500])[0].mean() / np.sqrt(w.shape[1]))
 
 
-def export(data: Path, run: Path, out: Path, people: int = 6000, seed: int = 0) -> None:
+def export(data: Path, run: Path, out: Path, people: int = 4000, seed: int = 0) -> None:
     """Write the weights file `out` from the networks in `run`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -221,10 +229,10 @@ def export(data: Path, run: Path, out: Path, people: int = 6000, seed: int = 0) 
     codes, conditions = _sample_codes(data, encoders, coefficients, raw, body["races"], networks, people, rng)
 
     nothing = np.zeros((len(coefficients), 0))
-    log.info("mapping body_shape: %.3f", fit_mapping(networks.mappings["body_shape"], coefficients, nothing, active=12))
+    log.info("mapping body_shape: %.3f", fit_mapping(networks.mappings["body_shape"], coefficients, nothing))
     for name, w in codes.items():
         condition = conditions[:, :5] if name == "body_tex" else conditions
-        log.info("mapping %s: %.3f", name, fit_mapping(networks.mappings[name], w, condition, active=w.shape[1]))
+        log.info("mapping %s: %.3f", name, fit_mapping(networks.mappings[name], w, condition))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(quantise(networks), out, metadata={"people": json.dumps(facts)})
     log.info("wrote %s, %.1f MB", out, out.stat().st_size / 1e6)

@@ -10,7 +10,7 @@ from backend.networks.triplane import Volume
 SHAPE_DIM = 32  # w_shape per part; the last number says whether the part is worn (> 0)
 TEX_DIM = 32  # w_tex per part; the first six numbers are the palette: primary and secondary colour
 BODY_DIM = 64  # w_shape of the body
-Z_DIM = 32  # z per part and kind; the body's shape has BODY_DIM
+Z_DIM = 8  # z per part and kind; the body's shape has BODY_DIM
 
 PARTS = ("shoes", "bottom", "top", "hair", "accessory")  # inner to outer: a part hides those before it
 
