@@ -26,6 +26,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ ROUGHNESS = 0.75  # of skin and cloth alike, until families say more
 
 Array = np.ndarray[Any, Any]
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
-           "U8": np.dtype("u1")}  # fmt: skip
+           "I8": np.dtype("i1"), "U8": np.dtype("u1")}  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -220,7 +221,7 @@ def write_file(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            _rename(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -231,6 +232,17 @@ def write_file(path: Path, data: bytes) -> None:
                 f"Free some space in {path.parent}."
             ) from error  # fmt: skip
         raise
+
+
+def _rename(source: Path, target: Path, tries: int = 4) -> None:
+    """`os.replace`; on Windows a virus scanner may hold a new file for a moment."""
+    for left in reversed(range(tries)):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def read(path: Path) -> HumanAsset:

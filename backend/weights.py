@@ -71,18 +71,21 @@ class Weights:
     sha256: str
     paths: tuple[Path, ...]
 
-    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """All arrays of all files (read-only views). Raises `weights_corrupt` if a file is not safetensors."""
+    def read(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+        """All arrays (read-only views) and the metadata of all files. Raises `weights_corrupt` if one is not
+        safetensors."""
         arrays: dict[str, np.ndarray[Any, Any]] = {}
+        metadata: dict[str, str] = {}
         for path in self.paths:
             try:
-                found, _ = packet.load_tensors(path.read_bytes())
+                found, notes = packet.load_tensors(path.read_bytes())
             except ValueError as error:
                 raise _corrupt(self.name, f"{path.name} is not a safetensors file: {error}") from None
             if both := found.keys() & arrays.keys():
                 raise _corrupt(self.name, f"tensor {min(both)} is in two files")
             arrays |= found
-        return arrays
+            metadata |= notes
+        return arrays, metadata
 
 
 def manifests(folder: Path = MANIFEST_FOLDER) -> tuple[Manifest, ...]:
@@ -133,7 +136,7 @@ def verify(manifest: Manifest, file: WeightFile, data_dir: Path, fresh: bool = F
 def check_tensors(
     name: str, tensors: Mapping[str, np.ndarray[Any, Any]], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise `weights_corrupt` unless `tensors` are exactly those of `shapes`, floating point and finite."""
+    """Raise `weights_corrupt` unless `tensors` are exactly those of `shapes`, and finite."""
     missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     if missing:
         raise _corrupt(name, f"{len(missing)} tensors are missing, the first is {min(missing)}")
@@ -141,11 +144,9 @@ def check_tensors(
         raise _corrupt(name, f"{len(extra)} tensors do not belong there, the first is {min(extra)}")
     for key, shape in shapes.items():
         array = tensors[key]
-        if array.dtype.kind != "f":
-            raise _corrupt(name, f"{key} holds {array.dtype} instead of floating-point numbers")
         if array.shape != tuple(shape):
             raise _corrupt(name, f"{key} has shape {list(array.shape)} instead of {list(shape)}")
-        if not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise _corrupt(name, f"{key} holds numbers that are not finite")
 
 

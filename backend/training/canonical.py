@@ -531,8 +531,7 @@ def skin_atlas(canonical: Canonical, count: int = 200_000) -> SkinAtlas:
     face = (skin.points[:, 1] > height - 0.26) & (skin.points[:, 2] > -0.02)
     weight = np.where(face, 3.0, np.where(np.abs(skin.points[:, 0]) > 0.35, 1.5, 1.0))
     pick = rng.choice(len(skin.points), count, replace=False, p=weight / weight.sum())
-    seen = eye.points[:, 2] > np.quantile(eye.points[:, 2], 0.45)  # the front of the eyeballs
-    eye_pick = rng.choice(np.flatnonzero(seen), 20_000)
+    eye_pick = rng.integers(len(eye.points), size=20_000)
     points = np.concatenate([skin.points[pick], eye.points[eye_pick]])
     uvs = np.concatenate([skin.uvs[pick], eye.uvs[eye_pick]])
     is_eye = np.arange(len(points)) >= count

@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from backend.families.people.config import PARTS, SMALL
-from backend.families.people.model import GRIDS, PeopleNetworks
+from backend.families.people.model import GRIDS, SCALE, PeopleNetworks
 from backend.families.people.networks import Mapping
 from backend.training.people import CUT_PARAMS, PATTERNS, SkinData, make_nets
 from backend.training.people_data import ATTRIBUTES, load_grids
@@ -288,7 +288,7 @@ def quantise(networks: PeopleNetworks) -> dict[str, Tensor]:
         if key.endswith(".basis") and "banks" in key:
             scale = value.abs().amax((-1, -2), keepdim=True).clamp(min=1e-8) / 127
             out[key] = (value / scale).round().to(torch.int8)
-            out[key + "#scale"] = scale.half()
+            out[key + SCALE] = scale.half()
         elif value.dtype == torch.float32 and not key.endswith("_box"):
             out[key] = value.half()
         else:

@@ -12,7 +12,7 @@ import pytest
 
 from backend.training.makehuman import BODY, Kit, macro_weights, read_material, read_obj, read_proxy, read_target
 
-KIT = Path(os.environ.get("POPULACE_MAKEHUMAN", Path(__file__).parents[3] / "shared" / "data" / "makehuman"))
+KIT = Path(os.environ.get("MAKEHUMAN_DATA", Path(__file__).parents[3] / "shared" / "data" / "makehuman"))
 needs_kit = pytest.mark.skipif(not (KIT / "3dobjs" / "base.obj").exists(), reason="no MakeHuman assets here")
 MIDDLE = ("gender", "age", "muscle", "weight", "height", "proportions", "cup", "firmness")
 SLIDERS = dict.fromkeys(MIDDLE, 0.5) | {"african": 0.0, "asian": 0.0, "caucasian": 1.0}

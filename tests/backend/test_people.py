@@ -12,7 +12,7 @@ import torch
 from backend import families, weights
 from backend.families.base import Latents
 from backend.families.people.config import BODY_DIM, PARTS
-from backend.families.people.model import REGIONS, PeopleModel, from_file
+from backend.families.people.model import REGIONS, PeopleModel, load
 from backend.geometry.clean import clean
 from backend.geometry.tetgrid import extract_surface
 from backend.pipeline import mesh_facts
@@ -21,8 +21,7 @@ from backend.protocol import PopulaceError
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> PeopleModel:
-    found = weights.locate("people", tmp_path_factory.mktemp("data"))
-    return from_file(found.paths[0], torch.device("cpu"), found.sha256)
+    return load(torch.device("cpu"), weights.locate("people", tmp_path_factory.mktemp("data")))
 
 
 def naked(model: PeopleModel, seed: int = 1, psi: float = 0.8) -> Latents:
@@ -177,17 +176,18 @@ def test_strange_latents_are_refused(model: PeopleModel) -> None:
         model.decode(Latents("people", {"body/shape": good["body/shape"]}))
 
 
-def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.numpy import load_file, save_file
 
-    path = weights.locate("people", tmp_path).paths[0]
-    state = load_file(path)
-    state.pop("attributes.bias")
-    with safe_open(path, "pt") as file:
-        save_file(state, tmp_path / "bad.safetensors", file.metadata())
-    with pytest.raises(PopulaceError) as caught:
-        from_file(tmp_path / "bad.safetensors", torch.device("cpu"), None)
+    found = weights.locate("people", tmp_path)
+    with safe_open(found.paths[0], "np") as file:
+        metadata = file.metadata()
+    state = load_file(found.paths[0])
+    del state["attributes.bias"]
+    save_file(state, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(PopulaceError, match=r"attributes\.bias") as caught:
+        load(torch.device("cpu"), weights.Weights("people", "", (tmp_path / "bad.safetensors",)))
     assert caught.value.code == "weights_corrupt"
 
 

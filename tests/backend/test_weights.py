@@ -49,7 +49,8 @@ def test_good_weights_load_exactly(place: Callable[..., Path], tmp_path: Path) -
     place()
     found = locate(tmp_path)
     assert found.sha256 == hashlib.sha256(DATA).hexdigest()
-    tensors = found.tensors()
+    tensors, metadata = found.read()
+    assert metadata == {}
     assert all(np.array_equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype
                for name in TENSORS)  # fmt: skip
     weights.check_tensors("tiny", tensors, {"a.weight": (2, 3), "b": (4,)})
@@ -78,7 +79,7 @@ def test_f19_damaged_file_is_refused(
 def test_f19_right_hash_but_not_safetensors(place: Callable[..., Path], tmp_path: Path, data: bytes) -> None:
     place(data)
     with pytest.raises(PopulaceError, match="not a safetensors file") as caught:
-        locate(tmp_path).tensors()
+        locate(tmp_path).read()
     assert caught.value.code == "weights_corrupt"
 
 
@@ -96,10 +97,9 @@ def test_f19_wrong_tensors_are_named(shapes: dict[str, tuple[int, ...]], says: s
     assert caught.value.code == "weights_corrupt"
 
 
-@pytest.mark.parametrize("bad", [np.full((2, 3), np.nan, np.float32), np.zeros((2, 3), np.int64)])
-def test_f19_wrong_numbers_are_refused(bad: np.ndarray) -> None:
+def test_f19_numbers_that_are_none_are_refused() -> None:
     with pytest.raises(PopulaceError, match=r"a\.weight holds"):
-        weights.check_tensors("tiny", {"a.weight": bad}, {"a.weight": (2, 3)})
+        weights.check_tensors("tiny", {"a.weight": np.full((2, 3), np.nan, np.float32)}, {"a.weight": (2, 3)})
 
 
 def test_missing_weights_say_where_to_get_them(place: Callable[..., Path], tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ def test_damaged_memory_only_costs_a_hash(place: Callable[..., Path], tmp_path: 
     place()
     (tmp_path / "data/weights").mkdir(parents=True)
     (tmp_path / "data/weights/verified.json").write_bytes(memory)
-    assert locate(tmp_path).tensors().keys() == TENSORS.keys()
+    assert locate(tmp_path).read()[0].keys() == TENSORS.keys()
 
 
 def test_unwritable_data_folder_does_not_matter(place: Callable[..., Path], tmp_path: Path) -> None:
     place()
     (tmp_path / "data").write_text("a file where the folder should be")
-    assert locate(tmp_path).tensors().keys() == TENSORS.keys()
+    assert locate(tmp_path).read()[0].keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize(

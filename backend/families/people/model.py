@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
@@ -27,12 +25,13 @@ from backend.families.people.config import BODY_DIM, PARTS, SHAPE_DIM, SMALL, TE
 from backend.families.people.networks import BodyDecoder, PartGenerator
 from backend.families.people.networks import Mapping as MappingNetwork
 from backend.protocol import PopulaceError
-from backend.weights import Weights
+from backend.weights import Weights, check_tensors
 
 NEIGHBOURS = 6  # control points that carry a point of the field
 GRIDS = ("whole", "head", "hand_l", "hand_r")  # coarse to fine: later ones replace earlier ones
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
 DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
+SCALE = "#scale"  # marks the scales of a quantised tensor
 CENTRES = 64  # cluster centres per mapping for truncation
 
 
@@ -225,32 +224,15 @@ class PeopleField:
 
 
 def load(device: torch.device, weights: Weights | None) -> PeopleModel:
-    """The model of verified weights."""
+    """The model of verified weights. Raises PopulaceError("weights_corrupt") if the tensors are not this version's."""
     assert weights is not None, "the registry hands over weights to families that name some"
-    return from_file(weights.paths[0], device, weights.sha256)
-
-
-def from_file(path: Path, device: torch.device, sha256: str | None) -> PeopleModel:
-    """The model in a weights file. Raises PopulaceError("weights_corrupt") if tensors do not fit."""
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["people"])
-        stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    arrays, metadata = weights.read()
+    facts = json.loads(metadata.get("people", "{}"))
     networks = PeopleNetworks(facts)
-    state = {}
-    for key, tensor in stored.items():
-        if key.endswith("#scale"):
-            continue
-        scale = stored.get(key + "#scale")
-        state[key] = (
-            tensor
-            if tensor.dtype in (torch.uint8, torch.int32)
-            else tensor.float() * (1 if scale is None else scale.float())
-        )
-    try:
-        networks.load_state_dict(state)
-    except RuntimeError as error:
-        raise PopulaceError(
-            "weights_corrupt", f"{path.name} does not hold the tensors of this version: {str(error)[:200]}",
-            "Run `populace weights verify`, then fetch or reinstall the weights.",
-        ) from error  # fmt: skip
-    return PeopleModel(networks, facts, device, sha256)
+    scales = {k.removesuffix(SCALE): a for k, a in arrays.items() if k.endswith(SCALE)}
+    values = {k: a for k, a in arrays.items() if not k.endswith(SCALE)}
+    check_tensors(weights.name, values, {k: tuple(v.shape) for k, v in networks.state_dict().items()})
+    for key, target in networks.state_dict().items():
+        value = values[key].astype(np.float32) * scales[key].astype(np.float32) if key in scales else values[key]
+        target.copy_(torch.from_numpy(value.astype(target.numpy().dtype)))
+    return PeopleModel(networks, facts, device, weights.sha256)
