@@ -169,14 +169,40 @@ def fit_mapping(mapping: Mapping, w: np.ndarray, condition: np.ndarray, steps: i
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    if len(mapping.centres) > 1:
-        centres, _ = kmeans2(goal[rng.permutation(n)[:2000]] + 1e-3 * rng.normal(size=(min(n, 2000), w.shape[1])),
-                             len(mapping.centres), seed=1, minit="points", missing="warn")  # fmt: skip
-        nearest = cKDTree(goal).query(centres)[1]  # a centre is a real code
-        mapping.centres.copy_(torch.from_numpy(w[nearest].astype(np.float32)))
+    centres, radii = find_clusters(w, goal, len(mapping.centres), rng)
+    mapping.centres.copy_(torch.from_numpy(centres.astype(np.float32)))
+    mapping.radii.copy_(torch.from_numpy(radii.astype(np.float32)))
     with torch.no_grad():
         out = mapping.skip(zt) + mapping.net(torch.cat([zt, ct], 1))
     return float(cKDTree(goal).query(((out - bias) / scale).numpy()[:500])[0].mean() / np.sqrt(w.shape[1]))
+
+
+def find_clusters(w: np.ndarray, goal: np.ndarray, count: int, rng: np.random.Generator):
+    """Centres [count, W] that are real codes, and how far their codes lie around them [count]. Codes that occur often
+    (a garment of the kit) are clusters without spread. One centre stands for the mean and everything around it."""
+    if count == 1:
+        return np.zeros((1, w.shape[1])), np.full(1, 1e4)
+    _, first, index, often = np.unique(
+        np.round(w, 3), axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    discrete = np.flatnonzero(often >= max(4, len(w) // 1000))[: count // 2]
+    centres, radii = list(w[first[discrete]]), [0.0] * len(discrete)
+    rest = np.flatnonzero(~np.isin(index.reshape(-1), discrete))
+    left = count - len(centres)
+    if len(rest) > left:
+        start = rest[rng.permutation(len(rest))[:2000]]
+        means, _ = kmeans2(goal[start], goal[start[:left]], minit="matrix", missing="warn")
+        tree = cKDTree(means)
+        owner = tree.query(goal[rest])[1]
+        for c in np.unique(owner):
+            members = w[rest[owner == c]]
+            centre = members[np.linalg.norm(members - members.mean(0), axis=1).argmin()]
+            centres.append(centre)
+            radii.append(float(np.quantile(np.linalg.norm(members - centre, axis=1), 0.8)))
+    while len(centres) < count:  # unused slots repeat the first cluster
+        centres.append(centres[0])
+        radii.append(radii[0])
+    return np.stack(centres), np.array(radii)
 
 
 def export(data: Path, run: Path, out: Path, people: int = 4000, seed: int = 0) -> None:

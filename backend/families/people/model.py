@@ -9,6 +9,7 @@ offset(x)    = sum_i a_i(x) d_i(w_body)         displacement of the K nearest co
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +33,8 @@ GRIDS = ("whole", "head", "hand_l", "hand_r")  # coarse to fine: later ones repl
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
 DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
 SCALE = "#scale"  # marks the scales of a quantised tensor
-CENTRES = 64  # cluster centres per mapping for truncation
+CHUNK = 1 << 15  # points at a time
+CENTRES = 96  # clusters per mapping
 
 
 class PeopleNetworks(nn.Module):
@@ -166,24 +168,32 @@ class PeopleField:
             out = read if name == GRIDS[0] else out.index_copy(0, inside, read)
         return out
 
-    def part_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "K N"]:
-        """Distances to body and worn parts, inner to outer (`("body", *worn)`), covered layers kept below the cover."""
-        body = self.body_sdf(points)
-        layers = [body]
+    def _layers(self, points: Float[Tensor, "N 3"]) -> list[Float[Tensor, " N"]]:
+        """Distances to ("body", *worn) minus that to the body, inner to outer; what is covered lies below the cover."""
+        layers = [points.new_zeros(len(points))]
         for part in self.worn:
-            residual = self.model.networks.parts[part].shape(self.shape_planes[part], points)
-            outer = body + residual
-            covers = torch.sigmoid((-0.002 - residual) / 0.0007)
+            outer = self.model.networks.parts[part].shape(self.shape_planes[part], points)
+            covers = torch.sigmoid((-0.002 - outer) / 0.0007)
             layers = [inner + covers * (outer + 0.004 - inner).clamp(min=0) for inner in layers]
             layers.append(outer)
-        return torch.stack(layers)
+        return layers
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        return torch.cat([self.part_sdf(chunk).amin(0) for chunk in points.split(1 << 17)])
+        return torch.cat(
+            [self.body_sdf(q) + functools.reduce(torch.minimum, self._layers(q)) for q in points.split(CHUNK)]
+        )
 
     def label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         """Index into ("body", *worn) of the part whose surface is the outermost here."""
-        return torch.cat([self.part_sdf(chunk).argmin(0) for chunk in points.split(1 << 17)])
+        return torch.cat([self._label(q) for q in points.split(CHUNK)])
+
+    def _label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
+        best, *rest = self._layers(points)
+        label = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+        for i, layer in enumerate(rest, 1):
+            label = torch.where(layer < best, i, label)
+            best = torch.minimum(best, layer)
+        return label
 
     def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         label = self.label(points)

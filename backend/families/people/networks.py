@@ -29,21 +29,24 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 class Mapping(nn.Module):
     """z and condition -> w. Trained to transport the Gaussian onto the codes of sampled people, which form clusters
-    (garments are discrete); truncation pulls towards the nearest cluster centre (multi-modal truncation,
-    Mokady et al. 2022), because the mean of a shirt and a coat is neither."""
+    (garments are discrete). Truncation pulls towards the nearest cluster centre (multi-modal truncation, Mokady et al.
+    2022) and never leaves the cluster's own spread: half-way between a shirt and a coat lies neither."""
 
     def __init__(self, z_dim: int, condition_dim: int, w_dim: int, centres: int, width: int = 128) -> None:
         super().__init__()
         self.net = mlp(z_dim + condition_dim, width, width, w_dim)
         self.skip = nn.Linear(z_dim, w_dim, bias=False)
         self.register_buffer("centres", torch.zeros(centres, w_dim))
+        self.register_buffer("radii", torch.zeros(centres))  # spread of each cluster, in w
 
     def forward(
         self, z: Float[Tensor, "B Z"], condition: Float[Tensor, "B A"], truncation_psi: float = 1.0
     ) -> Float[Tensor, "B W"]:
         w = self.skip(z) + self.net(torch.cat([z, condition], 1))
-        centre = self.centres[torch.cdist(w, self.centres).argmin(1)]
-        return centre + truncation_psi * (w - centre)
+        nearest = torch.cdist(w, self.centres).argmin(1)
+        delta = w - self.centres[nearest]
+        within = (self.radii[nearest, None] / delta.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
+        return self.centres[nearest] + truncation_psi * within * delta
 
 
 class LocalShape(nn.Module):
