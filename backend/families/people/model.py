@@ -28,11 +28,12 @@ from backend.families.people.networks import Mapping as MappingNetwork
 from backend.protocol import PopulaceError
 from backend.weights import Weights, check_tensors
 
-NEIGHBOURS = 6  # control points that carry a point of the field
+NEIGHBOURS = 32  # control points that carry a point of the field; fewer leave ridges in loose cloth
 GRIDS = ("whole", "head", "hand_l", "hand_r")  # coarse to fine: later ones replace earlier ones
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
 DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
 SCALE = "#scale"  # marks the scales of a quantised tensor
+EASE = {"bottom": 0.005, "top": 0.005}  # metres added to cloth: what the networks are still off by, so no skin shows
 CHUNK = 1 << 15  # points at a time
 CENTRES = 96  # clusters per mapping
 
@@ -172,7 +173,7 @@ class PeopleField:
         """Distances to ("body", *worn) minus that to the body, inner to outer; what is covered lies below the cover."""
         layers = [points.new_zeros(len(points))]
         for part in self.worn:
-            outer = self.model.networks.parts[part].shape(self.shape_planes[part], points)
+            outer = self.model.networks.parts[part].shape(self.shape_planes[part], points) - EASE.get(part, 0.0)
             covers = torch.sigmoid((-0.002 - outer) / 0.0007)
             layers = [inner + covers * (outer + 0.004 - inner).clamp(min=0) for inner in layers]
             layers.append(outer)
