@@ -89,12 +89,15 @@ def _atlas(
     flat = _project(vertices, faces, direction, x_axis)
     depth = np.einsum("fi,fi->f", vertices[faces].mean(1), direction)
     chart, count = _charts(side, twins)
-    layer, rounds = side, 0
-    while (hidden := _hidden(flat, chart, count, depth, float(np.sqrt(areas.mean())))).any():
+    layer, rounds, cell = side, 0, float(np.sqrt(areas.mean()))
+    moved = np.flatnonzero(_hidden(flat, chart, count, depth, cell))
+    while moved.size:  # what stayed has lost all it overlapped with: only what moved is looked at again
         rounds += 1  # after a few rounds every face that is still hidden gets a chart of its own
-        fresh = layer + len(directions) if rounds < 6 else rounds * len(directions) + np.arange(len(faces))
-        layer = np.where(hidden, fresh, layer)
+        fresh = layer[moved] + len(directions) if rounds < 6 else rounds * len(directions) + moved
+        layer = layer.copy()
+        layer[moved] = fresh
         chart, count = _charts(layer, twins)
+        moved = moved[_hidden(flat[moved], chart[moved], count, depth[moved], cell)]
 
     scale = np.ones(count) if density is None else np.sqrt(density[face_region[_first_face(chart, count)]])
     keys, corners = np.unique((chart[:, None] * len(vertices) + faces).reshape(-1), return_inverse=True)
@@ -206,6 +209,10 @@ def _hidden(flat, chart, count, depth, cell):
     width = np.empty(count, np.int64)
     base = np.zeros(count + 1, np.int64)
     for c in range(count):
+        width[c] = 0
+        base[c + 1] = base[c]
+        if low[c, 0] > high[c, 0]:
+            continue  # none of the faces
         width[c] = int((high[c, 0] - low[c, 0]) / cell) + 1
         base[c + 1] = base[c] + width[c] * (int((high[c, 1] - low[c, 1]) / cell) + 1)
     box = np.empty((len(flat), 4), np.int64)
