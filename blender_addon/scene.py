@@ -175,7 +175,7 @@ def _packed_image(stage: _Stage, name: str, png: bytes) -> bpy.types.Image:
 def _armature(context: bpy.types.Context, stage: _Stage, rig: Rig, floor: float, units: float) -> bpy.types.Object:
     """Bones can only be made in Edit Mode, so the armature is in the scene for that moment."""
     data = stage.new(bpy.data.armatures, "Human Rig")
-    data.display_type = "STICK"
+    data.display_type = "WIRE"  # the dots of sticks would show through fingers and toes
     made = stage.new(bpy.data.objects, "Human Rig", data)
     heads, tails = to_blender(rig.heads, floor, units), to_blender(rig.tails, floor, units)
     length = np.linalg.norm(tails - heads, axis=1)

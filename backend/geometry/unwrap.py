@@ -171,15 +171,27 @@ def _merge_tiny(
     direction all its faces bear. That may be in another region."""
     chart, count = _charts(side, twins)
     size = np.bincount(chart, minlength=count)
-    tiny = np.nonzero(size[chart] < _TINY)[0]
-    face, other = np.repeat(tiny, 3), twins[tiny].reshape(-1) // 3
-    larger = (other >= 0) & (size[chart[other]] > size[chart[face]])
-    cell = chart[face[larger]] * len(directions) + side[other[larger]]
-    border = np.bincount(cell, minlength=count * len(directions)).reshape(count, -1)
-    worst = np.ones((count, len(directions)))
-    np.minimum.at(worst, chart[tiny], normals[tiny] @ directions.T)
-    border[worst < _STEEPEST / 2] = 0
-    return np.where(border[chart].any(1), border.argmax(1)[chart], side)
+    return _vote(side, twins, normals, directions, chart, size, np.flatnonzero(size[chart] < _TINY))
+
+
+@numba.njit(cache=True, nogil=True)
+def _vote(side, twins, normals, directions, chart, size, tiny):
+    """`_merge_tiny` for the faces `tiny`."""
+    border = np.zeros((len(size), len(directions)), np.int32)
+    for f in tiny:
+        for i in range(3):
+            if twins[f, i] >= 0 and size[chart[twins[f, i] // 3]] > size[chart[f]]:
+                border[chart[f], side[twins[f, i] // 3]] += 1
+    for f in tiny:
+        for d in range(len(directions)):
+            if border[chart[f], d] and (normals[f] * directions[d]).sum() < _STEEPEST / 2:
+                border[chart[f], d] = 0
+    merged = side.copy()
+    for f in tiny:
+        best = border[chart[f]].argmax()
+        if border[chart[f], best]:
+            merged[f] = best
+    return merged
 
 
 @numba.njit(cache=True, nogil=True)
