@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -319,8 +320,18 @@ def smoothness(banks: nn.ModuleList) -> Tensor:
     return sum((b.basis.diff(dim=-1) ** 2).mean() + (b.basis.diff(dim=-2) ** 2).mean() for b in banks)  # type: ignore[return-value]
 
 
-def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count: int = 3000, seed: int = 0) -> float:
-    """Train one network for `minutes`; continue its state in `run` if there is one. Returns the final smoothed loss."""
+def train(
+    data: Path,
+    run: Path,
+    net: str,
+    minutes: float = math.inf,
+    max_steps: float = math.inf,
+    batch: int = 6,
+    count: int = 3000,
+    seed: int = 0,
+) -> float:
+    """Train one network for `minutes` or `max_steps`, whichever ends first; continue its state in `run` if there is
+    one. Ended by steps, a run gives the same weights every time. Returns the final smoothed loss."""
     part, kind = net.split(".")
     torch.manual_seed(seed)
     generator, shape_encoder, tex_encoder = make_nets(data, part)
@@ -359,8 +370,7 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
     roughness_weight = 3.0 if kind == "shape" else 0.3
     start = saved = time.monotonic()
     smooth, steps = 0.0, 0
-    while (now := time.monotonic() - start) < minutes * 60:
-        part_done = now / (minutes * 60)
+    while (part_done := max((now := time.monotonic() - start) / (minutes * 60), steps / max_steps)) < 1:
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * max(0.02, 0.5 * (1 + np.cos(np.pi * part_done))) * min(1, (steps + 1) / 50)
         loss = loss_of()
@@ -371,14 +381,8 @@ def train(data: Path, run: Path, net: str, minutes: float, batch: int = 6, count
         steps += 1
         smooth = float(loss.detach()) if steps == 1 else 0.98 * smooth + 0.02 * float(loss.detach())
         if steps in (1, 10) or steps % 250 == 0:
-            log.info(
-                "%s step %d, %.0f %% of the time, loss %.5f, %.1f steps/s",
-                net,
-                done + steps,
-                100 * part_done,
-                smooth,
-                steps / (now + 1e-9),
-            )
+            speed = steps / (now + 1e-9)
+            log.info("%s step %d, %.0f %%, loss %.5f, %.1f/s", net, done + steps, 100 * part_done, smooth, speed)
         if time.monotonic() - saved > 120:
             _save(trained, path, done + steps, smooth)
             saved = time.monotonic()

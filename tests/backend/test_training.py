@@ -162,15 +162,20 @@ def hats(tmp_path: Path) -> Path:
     return data
 
 
-def test_training_learns_stops_in_time_and_resumes(hats: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = train(hats, run, "accessory.shape", minutes=0.06, count=500)
-    state = json.loads((run / "accessory.shape.json").read_text())
-    assert state["steps"] > 20
-    second = train(hats, run, "accessory.shape", minutes=0.04, count=500)
-    assert json.loads((run / "accessory.shape.json").read_text())["steps"] > state["steps"]
-    assert second < first  # still learning
-    assert second < 0.5  # in cm; an untrained one is off by 1 and more
-    color = train(hats, run, "accessory.tex", minutes=0.04, count=500)
-    assert color < 0.12  # an untrained one is off by 0.25
-    assert not list(run.glob("*.tmp"))
+def test_training_learns_repeats_and_resumes(hats: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "run", tmp_path / "again"]
+    losses = [train(hats, run, "accessory.shape", max_steps=60, batch=2, count=400) for run in runs]
+    assert losses[0] == losses[1]
+    assert (runs[0] / "accessory.shape.safetensors").read_bytes() == (
+        runs[1] / "accessory.shape.safetensors"
+    ).read_bytes()
+    later = train(hats, runs[0], "accessory.shape", max_steps=60, batch=2, count=400)
+    assert json.loads((runs[0] / "accessory.shape.json").read_text())["steps"] == 120
+    assert later < 0.5 * losses[0]
+    assert train(hats, runs[0], "accessory.tex", max_steps=120, batch=2, count=400) < 0.15  # untrained: 0.25
+    assert not list(runs[0].glob("*.tmp"))
+
+
+def test_training_is_boxed_in_time(hats: Path, tmp_path: Path) -> None:
+    train(hats, tmp_path, "accessory.shape", minutes=1e-4, max_steps=10**6, batch=1, count=50)
+    assert 1 <= json.loads((tmp_path / "accessory.shape.json").read_text())["steps"] < 10**4
