@@ -138,9 +138,15 @@ def _insert(working: Session, job: Job) -> None:
             bpy.ops.populace.insert_result("EXEC_DEFAULT", True, job_id=job.id)
     except Exception as error:  # a failing operator raises RuntimeError with its report
         log.warning("insert %s: %s", job.id, error)
-        job.fail(BackendError("insert_failed", "The person could not be put into the scene.", str(error).strip()[:300]))
+        job.fail(BackendError("insert_failed", "The person could not be put into the scene.", _last_words(error)))
     job.taken, job.human = True, None
     working.touch()
+
+
+def _last_words(error: Exception) -> str:
+    """What a failed operator says, without its traceback: that is in the log."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Location:")]
+    return lines[-1].removeprefix("Error: ")[:300] if lines else type(error).__name__
 
 
 def _reason_to_wait() -> str:
