@@ -42,8 +42,9 @@ def test_mesh_is_the_packets_mesh_to_the_bit(addon: SimpleNamespace) -> None:
     assert np.array_equal(read(mesh.loops, "vertex_index", 1, np.int32).reshape(-1, 3), part["faces"])
     assert np.array_equal(read(mesh.uv_layers["UVMap"].uv, "vector", 2), part["uvs"][part["face_uvs_idx"].ravel()])
     nx, ny, nz = part["normals"].T
-    assert np.allclose(read(mesh.corner_normals, "vector", 3), np.stack([nx, -nz, ny], 1)[part["faces"].ravel()],
-                       atol=1e-6)  # fmt: skip
+    exact = 1e-6 if addon.bpy.app.version >= (4, 5, 0) else 1e-3  # before, Blender packs custom normals into 16 bits
+    normals = np.stack([nx, -nz, ny], 1)[part["faces"].ravel()]
+    assert np.allclose(read(mesh.corner_normals, "vector", 3), normals, atol=exact)
     assert not mesh.validate(verbose=False), "Blender found something to correct"
     edges = Counter(tuple(sorted(edge)) for a, b, c in part["faces"].tolist() for edge in ((a, b), (b, c), (c, a)))
     assert set(edges.values()) == {2}
