@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 worker_log = logging.getLogger(f"{__name__}.output")
 
 START_TIMEOUT_S = 180.0  # importing torch from a cold disk
-CANCEL_TIMEOUT_S = 10.0  # a worker that does not answer a cancel is replaced
+CANCEL_TIMEOUT_S = 0.8  # a worker that does not answer a cancel is replaced: xatlas, say, cannot be interrupted
 STOP_TIMEOUT_S = 2.0
 RESTART_WINDOW_S = 300.0
 _MAX_LINE_BYTES = 1 << 16
@@ -125,9 +125,9 @@ class Worker:
                         raise Cancelled
                     heard(str(message.get("stage", ""))[:80], min(max(float(message.get("fraction", 0)), 0.0), 1.0))
         except TimeoutError:
-            await self._end(process)
+            await self._end(process, at_once=True)
             if self._cancelling:
-                log.warning("the worker did not answer a cancel for %.0f s and was replaced", CANCEL_TIMEOUT_S)
+                log.warning("the worker did not answer a cancel for %.1f s and was replaced", CANCEL_TIMEOUT_S)
                 raise Cancelled from None
             raise PopulaceError(
                 "deadline_exceeded", f"The job was ended after {deadline_s:.0f} s.",
@@ -240,14 +240,15 @@ class Worker:
                 f"(the last time: {how}).", "See the log, then restart the generator."
             )  # fmt: skip
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """On purpose, so it does not count as a crash."""
+    async def _end(self, process: asyncio.subprocess.Process, at_once: bool = False) -> None:
+        """On purpose, so it does not count as a crash. `at_once`: it was asked already and did not answer."""
         if self._process is process:
             self._process = None
         if process.stdin is not None:
             process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        if not at_once:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
