@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -88,9 +88,34 @@ class FamilyModel(Protocol):
         """Latents of the person with this seed. The same on every device: z is drawn by numpy on the CPU."""
         ...
 
-    def decode(self, latents: Latents) -> Sequence[HumanField]:
-        """One field per object to insert."""
+    def decode(self, latents: Latents, separate: bool = False) -> Sequence[HumanField]:
+        """One field per object to insert; with `separate`, clothes and hair are objects of their own if there are any."""
         ...
+
+    def describe(self, latents: Latents) -> dict[str, AttributeValue]:
+        """The attributes of this person, by name; choices of parts that are not worn are "none"."""
+        ...
+
+    def edit(self, latents: Latents, values: Mapping[str, AttributeValue]) -> Latents:
+        """The person with these attributes, otherwise the same. Raises PopulaceError("invalid_request")."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing that can be said of every person of a family: a slider, a colour, or a choice of names."""
+
+    name: str  # as in requests: "height_m", "top_color"
+    title: str
+    kind: Literal["number", "color", "choice"]
+    low: float = 0.0  # of numbers
+    high: float = 1.0
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+
+
+AttributeValue = float | Sequence[float] | str
+"""A number within its bounds, an sRGB colour in 0..1 [3], or one of the choices."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,7 @@ class FamilyInfo:
     weights: str | None  # name in weights_manifest/, None if the family needs none
     licence: str
     parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema properties of family parameters
+    attributes: tuple[Attribute, ...] = ()  # what `describe` tells and `edit` sets
 
 
 def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> np.ndarray:
