@@ -89,7 +89,7 @@ class FamilyModel(Protocol):
         ...
 
     def decode(self, latents: Latents, separate: bool = False) -> Sequence[HumanField]:
-        """One field per object to insert; with `separate`, clothes and hair are objects of their own if there are any."""
+        """One field per object to insert; with `separate`, clothes and hair are objects of their own."""
         ...
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:
