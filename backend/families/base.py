@@ -78,7 +78,10 @@ class HumanField(Protocol):
 
 
 class FamilyModel(Protocol):
-    """A loaded model. `device` is where its fields compute."""
+    """A loaded model. `device` is where its fields compute.
+
+    The first code of `sample` is one of the body, which every person has; a part is worn if it has codes.
+    """
 
     name: str
     device: torch.device
@@ -119,6 +122,14 @@ AttributeValue = float | Sequence[float] | str
 
 
 @dataclass(frozen=True)
+class Code:
+    """One code that a person of the family may have."""
+
+    size: int  # numbers: the code is [1, size]
+    normal: bool = False  # normally distributed about the mean person; other codes form clusters or have bounds
+
+
+@dataclass(frozen=True)
 class FamilyInfo:
     """What the registry, the API and the panel know of a family without importing torch."""
 
@@ -130,6 +141,12 @@ class FamilyInfo:
     licence: str
     parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema properties of family parameters
     attributes: tuple[Attribute, ...] = ()  # what `describe` tells and `edit` sets
+    codes: Mapping[str, Code] = field(default_factory=dict)  # by name, "PART/KIND"; the first part is the body
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a person of this family is made of, the body first."""
+        return tuple(dict.fromkeys(name.partition("/")[0] for name in self.codes))
 
 
 def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from backend.families import capsule
+from backend.families.base import Latents
 from backend.families.capsule.model import REGIONS, STRIPE_M, load
+from backend.protocol import PopulaceError
 
 MODEL = load(torch.device("cpu"))
 
@@ -87,3 +89,56 @@ def test_info_needs_no_torch_and_describes_the_parameter():
     subprocess.run([sys.executable, "-c", code], check=True)
     assert capsule.INFO.parameters["single"]["type"] == "boolean"
     assert np.isfinite(field(2**53 - 1).ends.numpy()).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attributes_are_exact_and_independent(seed):
+    before = MODEL.sample(seed, 1.0, {})
+    said = MODEL.describe(before)
+    (one,) = MODEL.decode(before)
+    assert said["height_m"] == pytest.approx(float((one.ends[..., 1] + one.radii).max()), abs=1e-6)
+    assert said["top_color"] == pytest.approx(one._palette[REGIONS.index("torso"), 0].tolist(), abs=1e-6)
+    wanted = {"height_m": 1.95, "weight": 0.9, "top_color": [0.75, 0.5, 0.0], "bottom_color": [0.125, 0.25, 1.0]}
+    for name, value in wanted.items():
+        after = MODEL.describe(MODEL.edit(before, {name: value}))
+        assert after[name] == pytest.approx(value, abs=1e-3 if "color" in name else 1e-6)
+        assert all(after[k] == (v if isinstance(v, str) else pytest.approx(v, abs=1e-6))
+                   for k, v in said.items() if k != name)  # fmt: skip
+    together = MODEL.describe(MODEL.edit(before, wanted))
+    assert all(together[k] == pytest.approx(v, abs=1e-3) for k, v in wanted.items())
+    assert together["pattern"] == "stripes"
+
+
+def test_attributes_reach_their_bounds_for_every_person():
+    bounds = {a.name: (a.low, a.high) for a in capsule.INFO.attributes if a.kind == "number"}
+    for sign in (-9.0, 9.0):
+        codes = MODEL.sample(0, 1.0, {}).codes | {"body/shape": torch.full((1, 8), sign)}
+        for name, ends in bounds.items():
+            for value in ends:
+                said = MODEL.describe(MODEL.edit(Latents("capsule", codes), {name: value}))
+                assert said[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_plain_people_stay_plain_when_coloured():
+    plain = MODEL.edit(MODEL.sample(3, 1.0, {}), {"pattern": "plain", "top_color": [1.0, 0.0, 0.0]})
+    assert MODEL.describe(plain)["pattern"] == "plain"
+    (one,) = MODEL.decode(plain)
+    chest = torch.tensor([[0.0, 1.15, 0.0], [0.0, 1.25, 0.0]])
+    torch.testing.assert_close(one.color(chest), torch.tensor([[1.0, 0, 0]] * 2), atol=1e-3, rtol=0)
+    assert MODEL.describe(MODEL.edit(plain, {"pattern": "stripes"}))["pattern"] == "stripes"
+
+
+def test_single_capsule_has_no_attributes_and_mixed_up_codes_are_refused():
+    single = MODEL.sample(0, 1.0, {"single": True})
+    assert MODEL.describe(single) == {}
+    with pytest.raises(PopulaceError, match="no attributes"):
+        MODEL.edit(single, {"weight": 1})
+    with pytest.raises(PopulaceError, match="neither"):
+        MODEL.decode(Latents("capsule", {**single.codes, **MODEL.sample(0, 1.0, {}).codes}))
+
+
+def test_info_lists_the_codes_that_sampling_gives():
+    for parameters in ({}, {"single": True}):
+        codes = MODEL.sample(1, 1.0, parameters).codes
+        assert {name: (1, capsule.INFO.codes[name].size) for name in codes} == {n: c.shape for n, c in codes.items()}
+    assert capsule.INFO.parts == ("body", "single")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from backend.families.base import FamilyInfo
+from backend.families.base import Attribute, Code, FamilyInfo
 
 INFO = FamilyInfo(
     name="capsule",
@@ -19,5 +19,18 @@ INFO = FamilyInfo(
             "title": "Single capsule",
             "description": "One upright capsule in place of the person; its volume and area have closed forms",
         }
+    },
+    attributes=(
+        Attribute("height_m", "Height", "number", 1.5, 1.95, "m"),
+        Attribute("weight", "Weight", "number"),
+        Attribute("top_color", "Top colour", "color"),
+        Attribute("bottom_color", "Bottom colour", "color"),
+        Attribute("pattern", "Pattern", "choice", choices=("stripes", "plain")),
+    ),
+    codes={
+        "body/shape": Code(8, normal=True),
+        "body/tex": Code(36, normal=True),
+        "single/shape": Code(2, normal=True),
+        "single/tex": Code(36, normal=True),
     },
 )

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backend.families.base import Latents, Rig, seeded_normal
+from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
+from backend.protocol import PopulaceError
 
 # One bone per line: name, parent, region, start, end, start and end radius, for a person 1.7 m tall; A-pose.
 # Lines whose name ends in ".L" (+X) are mirrored to ".R".
@@ -29,6 +30,11 @@ _BONES = (
 )
 REGIONS = ("head", "torso", "arm.L", "arm.R", "leg.L", "leg.R")
 SHAPE_CODES = 8  # height, girth, shoulders, arm and leg thickness, head size, leg length, belly
+# Size i is exp(_REACH[i] * tanh(_SLOPE[i] * code[i])): every code is squashed, so no seed gives a broken body.
+_REACH = np.array([0.20, 0.15, 0.10, 0.15, 0.15, 0.10, 0.05, 0.15])
+_SLOPE = np.array([0.4, 1, 1, 1, 1, 1, 1, 1])
+_CONTRAST = 1.5  # a colour is sigmoid(_CONTRAST * code)
+_COLORED = {"top_color": ("torso", "arm.L", "arm.R"), "bottom_color": ("leg.L", "leg.R")}  # regions of an attribute
 STRIPE_M = 0.1  # height of one stripe
 _CHUNK = 1 << 15  # points at a time: what stays in the cache is several times faster
 
@@ -54,17 +60,61 @@ class CapsuleModel:
             },
         )
 
-    def decode(self, latents: Latents) -> Sequence[CapsuleField]:
-        """One field, "human"."""
-        single = "single/shape" in latents.codes
-        part = "single" if single else "body"
+    def decode(self, latents: Latents, separate: bool = False) -> Sequence[CapsuleField]:
+        """One field, "human". Raises `invalid_latents` unless the codes are those of a person or of one capsule."""
+        if set(latents.codes) not in ({"single/shape", "single/tex"}, {"body/shape", "body/tex"}):
+            raise PopulaceError("invalid_latents", "These codes are neither a capsule person nor a single capsule.",
+                                "Send body/shape and body/tex, or single/shape and single/tex.")  # fmt: skip
+        part = next(iter(latents.codes)).partition("/")[0]
         shape = latents.codes[f"{part}/shape"][0].double().cpu().numpy()
-        palette = torch.sigmoid(1.5 * latents.codes[f"{part}/tex"]).reshape(len(REGIONS), 2, 3)
-        if single:
+        palette = torch.sigmoid(_CONTRAST * latents.codes[f"{part}/tex"]).reshape(len(REGIONS), 2, 3)
+        if part == "single":
             length, radius = 1.2 * np.exp(0.1 * np.tanh(shape[0])), 0.25 * np.exp(0.2 * np.tanh(shape[1]))
             ends = np.array([[[0, radius, 0], [0, radius + length, 0]]])
             return [CapsuleField(ends, np.array([[radius, radius]]), np.zeros(1, np.int64), None, palette)]
         return [_person(shape, palette)]
+
+    def describe(self, latents: Latents) -> dict[str, AttributeValue]:
+        """Exact: the height is that of the surface. Of a single capsule nothing is said."""
+        if "body/shape" not in latents.codes:
+            return {}
+        shape = latents.codes["body/shape"][0].double().cpu().numpy()
+        tex = latents.codes["body/tex"].reshape(len(REGIONS), 2, 3)
+        first = {name: tex[REGIONS.index(regions[0]), 0] for name, regions in _COLORED.items()}
+        return {
+            "height_m": _height(shape),
+            "weight": float(1 + np.tanh(shape[1])) / 2,
+            **{name: torch.sigmoid(_CONTRAST * codes.double()).tolist() for name, codes in first.items()},
+            "pattern": "plain" if torch.equal(tex[:, 0], tex[:, 1]) else "stripes",
+        }
+
+    def edit(self, latents: Latents, values: Mapping[str, AttributeValue]) -> Latents:
+        """Exact, and moves nothing else, but for the height, which girth changes by millimetres: it is set last."""
+        if "body/shape" not in latents.codes:
+            raise PopulaceError("invalid_request", "A single capsule has no attributes to set.", "Set single=false.")
+        shape = latents.codes["body/shape"][0].double().cpu().numpy().copy()
+        tex = latents.codes["body/tex"].clone().reshape(len(REGIONS), 2, 3)
+        if "pattern" in values and values["pattern"] != self.describe(latents)["pattern"]:
+            tex[:, 1] = tex[:, 0] if values["pattern"] == "plain" else -tex[:, 0]  # the complementary colour
+        plain = torch.equal(tex[:, 0], tex[:, 1])
+        for name, regions in _COLORED.items():
+            if name in values:
+                code = torch.logit(torch.tensor(values[name], dtype=torch.float64), 1e-4) / _CONTRAST
+                for region in regions:
+                    tex[REGIONS.index(region), slice(2) if plain else 0] = code.to(tex)
+        height = float(values.get("height_m", _height(shape)))
+        if "weight" in values:
+            shape[1] = _atanh(2 * float(values["weight"]) - 1)
+        if {"height_m", "weight"} & values.keys():
+            growth = np.log(height / _height(np.array([0.0, *shape[1:]])))
+            shape[0] = _atanh(growth / _REACH[0]) / _SLOPE[0]
+        codes = {"body/shape": torch.from_numpy(shape[None]), "body/tex": tex.reshape(1, -1)}
+        return Latents("capsule", {name: code.to(latents.codes[name]) for name, code in codes.items()})
+
+
+def _atanh(x: float) -> float:
+    """Inverse of tanh; numbers outside its range are taken as the ends."""
+    return float(np.arctanh(np.clip(x, -0.999999, 0.999999)))
 
 
 class CapsuleField:
@@ -126,10 +176,23 @@ class CapsuleField:
         return torch.cat([n.indices for n in nearest]), torch.cat([n.values for n in nearest]).softmax(1)
 
 
+def _height(shape: Float[np.ndarray, " S"]) -> float:
+    """Metres from the soles to the crown."""
+    *_, joints, balls = _lines(shape)
+    return float((joints[..., 1] + balls).max())
+
+
 def _person(shape: Float[np.ndarray, " S"], palette: Float[Tensor, "R 2 3"]) -> CapsuleField:
-    """The shape codes scale the lines of `_BONES`: every code is squashed, so no seed gives a broken body."""
-    height, girth, shoulders, arm, leg, head, legs, belly = np.exp(np.tanh(shape) * (
-        0.08, 0.15, 0.10, 0.15, 0.15, 0.10, 0.05, 0.15))  # fmt: skip
+    names, parents, regions, joints, balls = _lines(shape)
+    lines = torch.tensor(joints, dtype=torch.float32, device=palette.device)
+    parent_ids = tuple(-1 if parent is None else names.index(parent) for parent in parents)
+    rig = Rig(tuple(names), parent_ids, lines[:, 0], lines[:, 1])
+    return CapsuleField(joints, balls, regions, rig, palette)
+
+
+def _lines(shape: Float[np.ndarray, " S"]) -> tuple[list[str], list[str | None], np.ndarray, np.ndarray, np.ndarray]:
+    """Names, parents, regions [K], ends [K,2,3] and radii [K,2] of the lines of `_BONES`, scaled by the codes."""
+    height, girth, shoulders, arm, leg, head, legs, belly = np.exp(_REACH * np.tanh(_SLOPE * shape))
     thickness = {"torso": girth, "arm": girth * arm, "leg": girth * leg, "head": head}
     names, parents, regions, ends, radii = [], [], [], [], []
     for name, parent, region, start, end, r_start, r_end in _BONES:
@@ -147,10 +210,7 @@ def _person(shape: Float[np.ndarray, " S"], palette: Float[Tensor, "R 2 3"]) -> 
             radii.append(height * ball)
     joints, balls = np.array(ends), np.array(radii)
     joints[..., 1] -= (joints[..., 1] - balls).min()  # feet on the floor
-    lines = torch.tensor(joints, dtype=torch.float32, device=palette.device)
-    parent_ids = tuple(-1 if parent is None else names.index(parent) for parent in parents)
-    rig = Rig(tuple(names), parent_ids, lines[:, 0], lines[:, 1])
-    return CapsuleField(joints, balls, np.array(regions), rig, palette)
+    return names, parents, np.array(regions), joints, balls
 
 
 def load(device: torch.device, weights: None = None) -> CapsuleModel:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from backend.families.base import FamilyInfo
+from backend.families.base import Code, FamilyInfo
 
 INFO = FamilyInfo(
     name="people",
@@ -12,4 +12,7 @@ INFO = FamilyInfo(
     inputs=("seed",),
     weights="people",
     licence="CC0-1.0",
-)
+    codes={"body/shape": Code(64, normal=True), "body/tex": Code(32)}
+    | {f"{part}/{kind}": Code(32) for part in ("shoes", "bottom", "top", "hair", "accessory")
+       for kind in ("shape", "tex")},
+)  # fmt: skip
