@@ -68,6 +68,12 @@ def borders(part: str, trims: Any, p: Any) -> Any:
     return xp.maximum(xp.maximum(0.39 + 0.31 * hem - y, y - (1.28 + 0.33 * waist)), x - 0.29)
 
 
+def slack(part: str, p: Any) -> Any:
+    """How loosely a cut garment hangs [N], 0..1, growing towards its lower end; times `Garment.loose` in metres."""
+    xp = _of(p)
+    return xp.clip((1.15 - p[:, 1]) / 0.35, 0, 1) if part == "top" else xp.clip((0.7 - p[:, 1]) / 0.6, 0, 1)
+
+
 def pattern_mask(name: str, p: Any, scale: Any = 0.0) -> Any:
     """How much of the secondary colour [N], 0..1, at canonical points p [N, 3]; `scale` doubles the period per unit."""
     xp = _of(p)
