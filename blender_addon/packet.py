@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -52,6 +52,7 @@ class Part:
     normal_png: bytes
     skin_indices: Array | None = None  # i32 [V, 4]
     skin_weights: Array | None = None  # f32 [V, 4], not negative
+    lod: int = 0  # level of detail; the whole person is there once per level, 0 is the full one
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Rig:
     parents: Array  # i32 [J]
     heads: Array  # f32 [J, 3]
     tails: Array  # f32 [J, 3]
+    rotations: Array | None = None  # f32 [J, 4] of a posed person: wxyz, parent-relative, in world-aligned axes
+    translation: Array | None = None  # f32 [1, 3] of the roots, with the rotations
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Human:
 
     @property
     def height_m(self) -> float:
-        """Measured from the soles to the top of the head or hair."""
-        return float(max(p.vertices[:, 1].max() for p in self.parts) - min(p.vertices[:, 1].min() for p in self.parts))
+        """Measured from the soles to the top of the head or hair, in rest pose."""
+        full = [part.vertices[:, 1] for part in self.parts if part.lod == 0]
+        return float(max(y.max() for y in full) - min(y.min() for y in full))
 
 
 def recipe_latents(recipe: Mapping[str, Any]) -> dict[str, list[list[float]]]:
@@ -154,7 +158,10 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
     if not 1 <= len(names) <= MAX_PARTS:
         raise PacketError(f"it has {len(names)} parts")
     rig = _rig(arrays, asset) if "rig/heads" in arrays else None
-    parts = tuple(_part(arrays, i, name, rig) for i, name in enumerate(names))
+    lods = [part.get("lod", 0) for part in asset["parts"]]
+    if not all(type(lod) is int and 0 <= lod < MAX_PARTS for lod in lods) or 0 not in lods:
+        raise PacketError("its levels of detail are not numbers from 0 on")
+    parts = tuple(_part(arrays, i, name, lod, rig) for i, (name, lod) in enumerate(zip(names, lods)))
     latents = {name.removeprefix("latents/"): _checked(arrays, name, "<f4", (None, None))
                for name in list(arrays) if name.startswith("latents/")}  # fmt: skip
     if arrays:
@@ -162,7 +169,7 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
     return Human(parts, rig, latents, asset)
 
 
-def _part(arrays: dict[str, Array], i: int, name: str, rig: Rig | None) -> Part:
+def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None) -> Part:
     at = f"part/{i}/"
     vertices = _checked(arrays, at + "vertices", "<f4", (None, 3))
     faces = _checked(arrays, at + "faces", "<i4", (None, 3), below=len(vertices))
@@ -178,7 +185,7 @@ def _part(arrays: dict[str, Array], i: int, name: str, rig: Rig | None) -> Part:
     return Part(
         str(name)[:60], vertices, faces, _checked(arrays, at + "normals", "<f4", (len(vertices), 3)), uvs,
         _checked(arrays, at + "face_uvs_idx", "<i4", (len(faces), 3), below=len(uvs)),
-        _png(arrays, at + "base_color.png"), _png(arrays, at + "normal.png"), skin_indices, skin_weights,
+        _png(arrays, at + "base_color.png"), _png(arrays, at + "normal.png"), skin_indices, skin_weights, lod,
     )  # fmt: skip
 
 
@@ -193,7 +200,12 @@ def _rig(arrays: dict[str, Array], asset: Mapping[str, Any]) -> Rig:
               _checked(arrays, "rig/tails", "<f4", (len(names), 3)))  # fmt: skip
     if (rig.parents >= np.arange(len(names))).any() or rig.parents.min() < -1:
         raise PacketError("its bones are not in order")
-    return rig
+    if "rig/rotations" not in arrays:
+        return rig
+    rotations = _checked(arrays, "rig/rotations", "<f4", (len(names), 4))
+    if (np.abs(np.linalg.norm(rotations, axis=1) - 1) > 1e-3).any():
+        raise PacketError("its bones' rotations are none")
+    return replace(rig, rotations=rotations, translation=_checked(arrays, "rig/translation", "<f4", (1, 3)))
 
 
 def _checked(arrays: dict[str, Array], name: str, dtype: str, shape: tuple[int | None, ...],

@@ -197,7 +197,6 @@ class Anatomy:
 
     def pose(self, table: Mapping[str, Mapping[str, float] | float]) -> np.ndarray:
         """Parent-relative rotations [J, 3, 3] of an entry of `pose_table.TABLE`."""
-        bones = {**HAND, **table}
         names = self.rig.names
         turned = np.zeros((len(names), 3, 3))
         posed = np.zeros((len(names), 3, 3))  # from the anatomical position to the pose
@@ -207,7 +206,9 @@ class Anatomy:
             side = name[-2:] if name.endswith(("_l", "_r")) else ""
             stem = name.removesuffix(side)
             left = f"{stem}_l" if side else name
-            entry = bones.get(name, bones.get(stem, bones.get(stem.split("_")[0], {})))
+            finger = stem.split("_")[0]
+            keys = (name, finger + side, stem, finger)
+            entry = next((found[key] for found in (table, HAND) for key in keys if key in found), {})
             stand = self.stand.get(left)
             if stand is None and left in self.curl:
                 stand = self.stand["hand_l"]

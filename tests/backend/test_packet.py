@@ -16,7 +16,7 @@ import trimesh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backend import packet
+from backend import exports, packet
 from backend.protocol import PopulaceError
 from tests.backend.khronos import find_validator, validate
 from tests.contract import golden
@@ -94,7 +94,7 @@ def test_tangents_follow_u_and_name_the_side_of_v() -> None:
     vertices = np.float32([(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)])
     normals, faces = np.tile(np.float32([0, 0, 1]), (4, 1)), np.array([(0, 1, 2), (0, 2, 3)])
     for v, side in ((vertices[:, 0], -1), (-vertices[:, 0], 1)):
-        tangents = packet._tangents(vertices, normals, np.stack([vertices[:, 1], v], 1), faces)
+        tangents = exports._tangents(vertices, normals, np.stack([vertices[:, 1], v], 1), faces)
         assert np.allclose(tangents, [0, 1, 0, side], atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_glb_skin_binds_at_the_joints() -> None:
 
 def test_glb_weights_name_each_joint_once() -> None:
     part = golden.asset().parts[0]
-    joints, weights = packet._gltf_skin(part)
+    joints, weights = exports._gltf_skin(part)
     assert weights.sum(1).tolist() == [1, 1, 1, 1]
     assert weights[3].tolist() == [0.75, 0, 0.25, 0]
     assert joints[3].tolist() == [1, 0, 0, 0]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The person that tests/contract/golden.safetensors holds. `python -m tests.contract.golden` writes the file anew,
-which is right only together with a new schema name and a change on both sides."""
+"""The people that the files tests/contract/*.safetensors hold: one in rest pose, one posed with two levels of detail.
+`python -m tests.contract.golden` writes the files anew, which is right only together with a new schema name and a
+change on both sides."""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from backend.packet import HumanAsset, Part, RigArrays, dumps
 
 PATH = Path(__file__).with_name("golden.safetensors")
+POSED_PATH = Path(__file__).with_name("posed.safetensors")
 
 
 def png(width: int, height: int, rgb: tuple[int, int, int]) -> bytes:
@@ -59,5 +62,18 @@ def asset() -> HumanAsset:
     return HumanAsset((tetrahedron((0, 0, 0), True), tetrahedron((0, 1, 0), False)), latents, rig, meta)
 
 
+def posed_asset() -> HumanAsset:
+    """The head nods by 90 degrees (about +x) and looks to the left (then about +y), everything stands 0.25 m higher;
+    a second level of detail has one part."""
+    made = asset()
+    assert made.rig is not None
+    rig = replace(made.rig, rotations=np.float32([(1, 0, 0, 0), (0.5, 0.5, 0.5, -0.5)]),
+                  translation=np.float32([(0, 0.25, 0)]))  # fmt: skip
+    facts = {"faces": 4, "vertices": 4, "closed": True, "components": 1, "lod": 1}
+    meta = {**made.meta, "parts": [*made.meta["parts"], {"name": "human_LOD1", **facts}]}
+    return replace(made, parts=(*made.parts, tetrahedron((0, 0, 0), True)), rig=rig, meta=meta)
+
+
 if __name__ == "__main__":
     PATH.write_bytes(dumps(asset()))
+    POSED_PATH.write_bytes(dumps(posed_asset()))

@@ -12,11 +12,12 @@ from backend import packet
 from tests.contract import golden
 
 GOLDEN = golden.PATH.read_bytes()
+POSED = golden.POSED_PATH.read_bytes()
 
 
-def rebuilt(**changes: object) -> bytes:
+def rebuilt(source: bytes = GOLDEN, /, **changes: object) -> bytes:
     """The golden packet with some arrays replaced (None: dropped), honestly framed."""
-    tensors, metadata = packet.load_tensors(GOLDEN)
+    tensors, metadata = packet.load_tensors(source)
     for name, array in changes.items():
         name = name.replace("__", "/").replace("_png", ".png")
         if array is None:
@@ -33,6 +34,12 @@ def with_header(edit) -> bytes:
     edit(header)
     head = json.dumps(header).encode()
     return struct.pack("<Q", len(head)) + head + GOLDEN[8 + size :]
+
+
+def with_lods(*lods: object) -> bytes:
+    """The golden packet whose two parts claim these levels of detail."""
+    asset = {**golden.asset().meta, "parts": [{"name": f"p{i}", "lod": lod} for i, lod in enumerate(lods)]}
+    return with_header(lambda header: header["__metadata__"].update(asset=json.dumps(asset)))
 
 
 def set_offsets(name: str, begin: int, end: int):
@@ -76,6 +83,18 @@ LIES = {
     "bone out of range": rebuilt(part__0__skin_indices=np.full((4, 4), 2, np.int32)),
     "skin without a rig": rebuilt(rig__heads=None, rig__tails=None, rig__parents=None),
     "bones in a circle": rebuilt(rig__parents=np.array([1, 0], np.int32)),
+    "rotations of length 2": rebuilt(POSED, rig__rotations=np.full((2, 4), 1, np.float32)),
+    "rotations of length 0": rebuilt(POSED, rig__rotations=np.zeros((2, 4), np.float32)),
+    "rotations NaN": rebuilt(POSED, rig__rotations=np.full((2, 4), np.nan, np.float32)),
+    "rotation missing": rebuilt(POSED, rig__rotations=np.float32([(1, 0, 0, 0)])),
+    "rotations without translation": rebuilt(POSED, rig__translation=None),
+    "translation without rotations": rebuilt(POSED, rig__rotations=None),
+    "two translations": rebuilt(POSED, rig__translation=np.zeros((2, 3), np.float32)),
+    "pose without a rig": rebuilt(POSED, rig__heads=None, rig__tails=None, rig__parents=None),
+    "no full level of detail": with_lods(1, 1),
+    "negative level of detail": with_lods(0, -1),
+    "level of detail is text": with_lods(0, "1"),
+    "level of detail is true": with_lods(0, True),
     "latents NaN": rebuilt(latents__body__shape=np.full((1, 2), np.nan, np.float32)),
     "PNG is text": rebuilt(part__0__base_color_png=np.frombuffer(b"hello" * 20, np.uint8)),
     "PNG bomb": rebuilt(

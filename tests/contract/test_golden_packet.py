@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,37 +15,42 @@ from backend import packet
 from blender_addon import packet as addon_packet
 from tests.contract import golden, packet_lies
 
+PEOPLE = pytest.mark.parametrize(("path", "made"), [(golden.PATH, golden.asset()),
+                                                    (golden.POSED_PATH, golden.posed_asset())])  # fmt: skip
 
-def test_backend_writes_exactly_the_golden_bytes() -> None:
-    assert packet.dumps(golden.asset()) == golden.PATH.read_bytes()
+
+def assert_same_fields(ours: object, theirs: object, fields: Iterable[str]) -> None:
+    for name in fields:
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert (a is None) == (b is None)
+        assert a is None or (a == b if isinstance(a, bytes) else (a.dtype == b.dtype and np.array_equal(a, b)))
 
 
-def test_backend_reads_back_every_array_and_fact() -> None:
-    read, made = packet.read(golden.PATH), golden.asset()
+@PEOPLE
+def test_backend_writes_exactly_the_golden_bytes(path: Path, made: packet.HumanAsset) -> None:
+    assert packet.dumps(made) == path.read_bytes()
+
+
+@PEOPLE
+def test_backend_reads_back_every_array_and_fact(path: Path, made: packet.HumanAsset) -> None:
+    read = packet.read(path)
     assert read.meta == made.meta
     for ours, theirs in zip(read.parts, made.parts, strict=True):
-        for name in packet.Part.__dataclass_fields__:
-            a, b = getattr(ours, name), getattr(theirs, name)
-            assert (a is None) == (b is None)
-            assert a is None or (a == b if isinstance(a, bytes) else (a.dtype == b.dtype and np.array_equal(a, b)))
-    assert read.rig is not None
-    assert np.array_equal(read.rig.parents, [-1, 0])
-    assert packet.dumps(read) == golden.PATH.read_bytes()
+        assert_same_fields(ours, theirs, packet.Part.__dataclass_fields__)
+    assert_same_fields(read.rig, made.rig, packet.RigArrays.__dataclass_fields__)
+    assert packet.dumps(read) == path.read_bytes()
 
 
-def test_addon_reads_back_every_array_and_fact() -> None:
-    read, made = addon_packet.read(golden.PATH.read_bytes()), golden.asset()
+@PEOPLE
+def test_addon_reads_back_every_array_and_fact(path: Path, made: packet.HumanAsset) -> None:
+    read = addon_packet.read(path.read_bytes())
     assert [part.name for part in read.parts] == [p["name"] for p in made.meta["parts"]]
+    assert [part.lod for part in read.parts] == [made.lod(i) for i in range(len(made.parts))]
     for ours, theirs in zip(read.parts, made.parts, strict=True):
-        for name in packet.Part.__dataclass_fields__:
-            a, b = getattr(ours, name), getattr(theirs, name)
-            assert (a is None) == (b is None)
-            assert a is None or (a == b if isinstance(a, bytes) else (a.dtype == b.dtype and np.array_equal(a, b)))
+        assert_same_fields(ours, theirs, packet.Part.__dataclass_fields__)
     assert read.rig is not None
-    assert made.rig is not None
     assert list(read.rig.names) == made.meta["bones"]
-    for name in packet.RigArrays.__dataclass_fields__:
-        assert np.array_equal(getattr(read.rig, name), getattr(made.rig, name))
+    assert_same_fields(read.rig, made.rig, packet.RigArrays.__dataclass_fields__)
     assert read.latents.keys() == made.latents.keys()
     assert all(np.array_equal(read.latents[name], codes) for name, codes in made.latents.items())
     assert read.asset == made.meta
