@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""`populace demo`: three people through the whole road, as a user of Blender would have them.
+"""`populace demo`: three people through the whole road, as a user of Blender would have them, each in another pose.
 
 The backend is started by the add-on's own code and spoken to over its real socket; the add-on inserts the people into a
 headless Blender. No torch in this process. This is the one module of the backend that uses the add-on's.
@@ -13,10 +13,11 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backend import __version__, packet, studio
+from backend import __version__, packet, poses, studio
 from backend.progress import Progress
 from backend.protocol import PopulaceError
 from blender_addon import process
@@ -24,7 +25,7 @@ from blender_addon.client import Client
 from blender_addon.messages import BackendError, Request, Status
 from blender_addon.packet import Human
 
-PEOPLE = 3
+POSES = ("standing_1", "contrapposto", "walking_1")  # of the people in the scene, one each
 PICTURE_SIZE = (1280, 720)
 _STARTED, _MADE, _INSERTED = 0.04, 0.5, 0.52  # of the whole; the rest is rendering
 
@@ -36,12 +37,13 @@ def run(out: Path, seed: int, family: str) -> None:
     with Progress(plain=True) as progress:
         progress.show("starting Blender", 0)
         bpy = studio.start()
-        requests = [Request(seed=seed + i, family=family) for i in range(PEOPLE)]
+        requests = [Request(seed=seed + i, family=family) for i in range(len(POSES))]
         people = _make(requests, out, progress)
         seconds, objects = {"people": time.perf_counter() - begin}, []
         progress.show("inserting into the scene", _MADE)
-        for i, (human, facts) in enumerate(people):
-            facts["insert_s"], found = studio.insert(bpy, human, i, len(people))
+        for i, ((human, facts), name) in enumerate(zip(people, POSES)):
+            facts["insert_s"], found = studio.insert(bpy, in_pose(human, name), i, len(people))
+            facts["pose"] = name
             objects += found
         studio.light(bpy, max(human.height_m for human, _ in people))
         progress.show("rendering", _INSERTED)
@@ -61,8 +63,17 @@ def run(out: Path, seed: int, family: str) -> None:
     print(f"{len(people)} people in {seconds['total']:.0f} s: {out / 'people.png'}, {out / 'people.blend'}")
 
 
+def in_pose(human: Human, name: str) -> Human:
+    """A person in rest pose, posed; without a skeleton it stays as it is."""
+    if human.rig is None:
+        return human
+    full = [part for part in human.parts if part.lod == 0]
+    rotations, translation = poses.place(name, human.rig, full)
+    return replace(human, rig=replace(human.rig, rotations=rotations, translation=translation))
+
+
 def _make(requests: Sequence[Request], out: Path, progress: Progress) -> list[tuple[Human, dict[str, Any]]]:
-    """Every person with the facts for the report; GLBs written as the backend sends them."""
+    """Every person with the facts for the report; GLBs written as the backend sends them, in rest pose."""
     people: list[tuple[Human, dict[str, Any]]] = []
     job = ""
 

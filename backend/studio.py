@@ -61,14 +61,15 @@ def save_person(asset: HumanAsset, path: Path) -> None:
 
 
 def insert(bpy: Any, human: Human, index: int, count: int) -> tuple[float, list[Any]]:
-    """Let the add-on insert a person, one of `count` in a row. Returns the seconds it took and the mesh objects."""
+    """Let the add-on insert a person, one of `count` in a row. Returns the seconds it took and the mesh objects that
+    are seen: those of the full level of detail."""
     from blender_addon import scene
 
     begin = time.perf_counter()
     root, _ = scene.insert(bpy.context, human, scene.Batch("Populace", count, (0.0, 0.0, 0.0)), index)
     seconds = time.perf_counter() - begin
     bpy.context.view_layer.update()
-    return seconds, [obj for obj in (root, *root.children_recursive) if obj.type == "MESH"]
+    return seconds, [o for o in (root, *root.children_recursive) if o.type == "MESH" and not o.hide_render]
 
 
 @contextlib.contextmanager
@@ -118,7 +119,7 @@ def photograph(
     `report` hears the fraction done.
     """  # fmt: skip
     scene = bpy.context.scene
-    low, high = _bounds(objects)
+    low, high = _bounds(bpy, objects)
     lens_mm, sensor_mm = 70.0, 36.0
     camera = bpy.data.cameras.new("Camera")
     camera.lens, camera.sensor_width, camera.sensor_fit = lens_mm, sensor_mm, "HORIZONTAL"
@@ -165,10 +166,10 @@ def save(bpy: Any, path: Path) -> None:
         raise PopulaceError(code, f"Blender cannot write {path}: {error}", "Choose another folder.") from None
 
 
-def _bounds(objects: Sequence[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Corners of the box around the objects, in the world."""
-    points = []
-    for obj in objects:
+def _bounds(bpy: Any, objects: Sequence[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Corners of the box around the objects as they are posed, in the world."""
+    points, depsgraph = [], bpy.context.evaluated_depsgraph_get()
+    for obj in (original.evaluated_get(depsgraph) for original in objects):
         box = np.array([[*corner, 1.0] for corner in obj.bound_box])
         points.append((box @ np.array(obj.matrix_world).T)[:, :3])
     every = np.concatenate(points)

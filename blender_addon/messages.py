@@ -54,8 +54,13 @@ class Request:
     truncation_psi: float = 0.7
     latents: Mapping[str, list[list[float]]] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str | None = None  # plain words, before the edits
+    edits: list[Mapping[str, Any]] = field(default_factory=list)  # such as {"op": "set", "values": {"height_m": 1.8}}
+    pose: str = "rest"
+    separate: bool = False  # clothes and hair as objects of their own
     grid_resolution: int = 256
     faces: int = 30000
+    lods: int = 1
     texture_size: int = 1024
 
     def to_json(self) -> dict[str, Any]:

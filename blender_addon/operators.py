@@ -328,6 +328,8 @@ class POPULACE_OT_make_again(bpy.types.Operator):
             recipe = _recipe(active_human(context))
             settings = {f.name: recipe[f.name] for f in fields(Request) if f.name in recipe}
             settings["latents"] = recipe_latents(recipe) or None
+            for name in ("prompt", "edits"):  # the latents have them in already
+                settings.pop(name, None)
         except (ValueError, KeyError, TypeError):
             self.report({"ERROR"}, "This person's recipe was changed and cannot be read")
             return {"CANCELLED"}

@@ -61,7 +61,11 @@ def ball(rings: int = 12, texture: int = 16) -> dict[str, Array]:
     }  # fmt: skip
 
 
-def tensors(parts: list[dict[str, Array]] | None = None, rig: bool = True) -> dict[str, Array]:
+TURNS = np.array([(0.9, 0, 0.3, 0.1), (0.8, -0.6, 0, 0), (0.5, 0.5, 0.5, -0.5)])
+TURNS = (TURNS / np.linalg.norm(TURNS, axis=1, keepdims=True)).astype(np.float32)
+
+
+def tensors(parts: list[dict[str, Array]] | None = None, rig: bool = True, posed: bool = False) -> dict[str, Array]:
     parts = parts or [ball()]
     found = {f"part/{i}/{name}": a for i, part in enumerate(parts) for name, a in part.items()
              if rig or not name.startswith("skin_")}  # fmt: skip
@@ -69,6 +73,9 @@ def tensors(parts: list[dict[str, Array]] | None = None, rig: bool = True) -> di
         found["rig/heads"] = np.array([[0, 0, 0], [0, 0.9, 0], [0, 1.5, 0]], np.float32)
         found["rig/tails"] = np.array([[0, 0.9, 0], [0, 1.5, 0], [0, 1.5, 0]], np.float32)  # the last without length
         found["rig/parents"] = np.array([-1, 0, 1], np.int32)
+    if posed:
+        found["rig/rotations"] = TURNS
+        found["rig/translation"] = np.array([[0.25, 0.5, -0.125]], np.float32)
     found["latents/body/shape"] = np.array([[0.1, -0.25, 3.0e-7]], np.float32)
     return found
 

@@ -7,12 +7,14 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from backend import exports, protocol, runtime
 from backend import packet as backend_packet
-from backend import protocol, runtime
 from backend.settings import Settings
-from blender_addon import messages, packet, process
+from blender_addon import messages, packet, posing, process
+from tests.contract import golden
 
 
 def test_protocol_words() -> None:
@@ -28,6 +30,15 @@ def test_request_of_the_add_on_is_one_that_the_backend_takes_with_the_same_defau
     assert ours == theirs
     for field in fields(messages.Request):
         assert getattr(messages.Request(), field.name) == getattr(theirs, field.name)
+
+
+def test_a_posed_person_is_the_same_mesh_on_both_sides() -> None:
+    human, asset = packet.read(golden.POSED_PATH.read_bytes()), golden.posed_asset()
+    for ours, theirs in zip(human.parts, asset.parts, strict=True):
+        for mine, other in zip(posing.posed(ours, human.rig), exports.posed(asset, theirs), strict=True):
+            assert np.allclose(mine, other, atol=1e-6)
+    assert human.rig is not None
+    assert np.allclose(posing.bone_matrices(human.rig)[1], [[0, 1, 0, -0.5], [0, 0, -1, 0.75], [-1, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("variable", ["POPULACE_HOME", "POPULACE_RUNTIME_DIR", "XDG_RUNTIME_DIR", ""])

@@ -126,13 +126,76 @@ def test_rig_bends_the_mesh(addon: SimpleNamespace) -> None:
         for bone, weight in zip(part["skin_indices"][vertex], part["skin_weights"][vertex]):
             wanted[("root", "spine", "head")[bone]] += float(weight)
         assert sum(found.values()) == pytest.approx(1, abs=1e-6)
-        assert all(found.get(name, 0) == pytest.approx(weight, abs=1 / 512) for name, weight in wanted.items())
+        assert all(found.get(name, 0) == pytest.approx(weight, abs=1 / 8192) for name, weight in wanted.items())
     before = read(body.data.vertices, "co", 3)
     root.pose.bones["root"].location = (0, 0, 1)  # bone space: its z points to the world's -y
     addon.bpy.context.view_layer.update()
     evaluated = body.evaluated_get(addon.bpy.context.evaluated_depsgraph_get()).data
     moved = read(evaluated.vertices, "co", 3) - before
     assert np.linalg.norm(moved, axis=1) == pytest.approx(np.ones(len(before)), abs=1e-3), "all follow the root"
+
+
+def evaluated(addon: SimpleNamespace, body: Any) -> Any:
+    """Vertices in the world as Blender shows them."""
+    shown = body.evaluated_get(addon.bpy.context.evaluated_depsgraph_get())
+    world = np.array(shown.matrix_world)
+    return read(shown.data.vertices, "co", 3) @ world[:3, :3].T + world[:3, 3]
+
+
+@pytest.mark.parametrize("centimetres", [False, True])
+@pytest.mark.parametrize("with_rig", [True, False])
+def test_posed_person_stands_as_the_packet_says(addon: SimpleNamespace, with_rig: bool, centimetres: bool) -> None:
+    """The armature's bones and, without one, the mesh itself give the linear blend of the packet's rotations."""
+    if centimetres:
+        addon.bpy.context.scene.unit_settings.scale_length = 0.01
+    data = making.pack(making.tensors(posed=True), making.meta())
+    root = insert(addon, data, with_rig=with_rig, location=(1.0, 2.0, 3.0))
+    human = addon.packet.read(data)
+    x, y, z = addon.posing.posed(human.parts[0], human.rig)[0].T * (100 if centimetres else 1)
+    body = root.children[0] if with_rig else root
+    assert np.abs(evaluated(addon, body) - (1, 2, 3) - np.stack([x, -z, y], 1)).max() < (1e-2 if centimetres else 1e-4)
+    if with_rig:  # the mesh is left in rest
+        assert np.allclose(read(body.data.vertices, "co", 3)[:, 2].min(), 0, atol=1e-6)
+        assert {bone.rotation_mode for bone in root.pose.bones} == {"QUATERNION"}
+
+
+def test_one_bone_turns_about_its_head(addon: SimpleNamespace) -> None:
+    """By hand: the spine bows by 90 degrees about +x; what hangs on it alone goes from 0.9 m up to 0.9 m ahead."""
+    half = np.float32(np.sqrt(0.5))
+    part = making.ball(4)
+    part["skin_indices"][:], part["skin_weights"][:] = 1, np.float32([1, 0, 0, 0])
+    arrays = making.tensors([part]) | {"rig/rotations": np.float32([(1, 0, 0, 0), (half, half, 0, 0), (1, 0, 0, 0)]),
+                                       "rig/translation": np.zeros((1, 3), np.float32)}  # fmt: skip
+    root = insert(addon, making.pack(arrays, making.meta()))
+    top = part["vertices"][:, 1].argmax()
+    assert part["vertices"][top] == pytest.approx([0, 1.8, 0], abs=1e-6)
+    assert evaluated(addon, root.children[0])[top] == pytest.approx([0, -0.9, 0.9], abs=1e-5)
+
+
+def test_levels_of_detail_and_garments_are_objects_of_one_person(addon: SimpleNamespace) -> None:
+    asset = making.meta(4)
+    asset["parts"] = [{"name": "body"}, {"name": "top"},
+                      {"name": "body_LOD1", "lod": 1}, {"name": "top_LOD1", "lod": 1}]  # fmt: skip
+    balls = [making.ball(6), making.ball(6), making.ball(4), making.ball(4)]
+    root = insert(addon, making.pack(making.tensors(balls, posed=True), asset))
+    assert root.type == "ARMATURE"
+    assert {child.name for child in root.children} == {"Human Body", "Human Top", "Human Body_LOD1", "Human Top_LOD1"}
+    assert len({c.name for o in (root, *root.children) for c in o.users_collection}) == 1
+    for child in root.children:
+        coarse = "_LOD" in child.name
+        assert (child.hide_viewport, child.hide_render) == (coarse, coarse)
+        assert child.select_get() is not coarse
+        assert [m.object for m in child.modifiers] == [root]
+    assert addon.bpy.context.view_layer.objects.active == root
+    assert root.populace.height_m == pytest.approx(1.8)
+
+
+def test_levels_of_detail_of_one_mesh_have_its_name(addon: SimpleNamespace) -> None:
+    asset = making.meta(2, rig=False)
+    asset["parts"] = [{"name": "human"}, {"name": "human_LOD1", "lod": 1}]
+    root = insert(addon, making.pack(making.tensors([making.ball(6), making.ball(4)], rig=False), asset))
+    assert root.type == "EMPTY"
+    assert {child.name: child.hide_render for child in root.children} == {"Human": False, "Human_LOD1": True}
 
 
 def test_rounded_weights_sum_exactly(addon: SimpleNamespace) -> None:
@@ -145,7 +208,7 @@ def test_rounded_weights_sum_exactly(addon: SimpleNamespace) -> None:
     assert steps.min() >= 0
     for row, of, given in zip(steps[1:], bones[1:], weights[1:], strict=True):
         for bone in range(5):
-            assert abs(row[of == bone].sum() / addon.scene.WEIGHT_STEPS - given[of == bone].sum()) < 4 / 512
+            assert abs(row[of == bone].sum() / addon.scene.WEIGHT_STEPS - given[of == bone].sum()) < 4 / 8192
             assert (row[of == bone] > 0).sum() <= 1
 
 

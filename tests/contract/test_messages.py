@@ -31,11 +31,13 @@ def test_every_field_of_a_request_arrives() -> None:
     latents = {name: codes.tolist() for name, codes in asset.latents.items()}
     request = messages.Request(
         seed=2**53 - 1, family="capsule", truncation_psi=1, latents=latents, parameters={"single": True},
-        grid_resolution=64, faces=500, texture_size=4096,
+        prompt="tall", edits=[{"op": "remove", "parts": ["top"]}], pose="sitting", separate=True,
+        grid_resolution=64, faces=500, lods=4, texture_size=4096,
     )  # fmt: skip
     heard = protocol.parse_request(protocol.parse_json(json.dumps(request.to_json()).encode()))
+    arrived = heard.model_dump()
     for field in dataclasses.fields(request):
-        assert getattr(heard, field.name) == getattr(request, field.name), field.name
+        assert arrived[field.name] == getattr(request, field.name), field.name
 
 
 @pytest.mark.parametrize("state", get_args(protocol.JobState))
