@@ -270,13 +270,17 @@ class Kit:
 
     def people(self, sliders: Mapping[str, np.ndarray], details: np.ndarray | None = None) -> np.ndarray:
         """Macro sliders [B] and detail sliders [B, len(details)] in [-1, 1] -> rest shapes f32 [B, 19158, 3]."""
+        return self.morph(self.weights(sliders, details))
+
+    def weights(self, sliders: Mapping[str, np.ndarray], details: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Weight [B] of each target that macro sliders [B] and detail sliders [B, len(details)] call for."""
         weights = macro_weights(sliders, set(self.target_paths))
         if details is not None:
             for column, (low, high) in zip(details.T, self.details, strict=True):
                 if low is not None:
                     weights[low] = weights.get(low, 0) + np.maximum(0, -column)
                 weights[high] = weights.get(high, 0) + np.maximum(0, column)
-        return self.morph(weights)
+        return weights
 
     @cached_property
     def rig(self) -> tuple[dict, dict]:

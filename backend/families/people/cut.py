@@ -30,7 +30,8 @@ def _of(p: Any) -> Any:
 
 def arm_distance(p: Any) -> Any:
     """Metres along the arm from the shoulder to the point of the arm nearest to each of p [N, 3]; both arms alike.
-    Negative inwards of the shoulder."""
+    Negative inwards of the shoulder and on the torso, which is further than an arm's radius from the arm's axis: a
+    sleeve's end is no cut across the flanks."""
     xp = _of(p)
     x, y, z = xp.abs(p[:, 0]), p[:, 1], p[:, 2]
     best = along = None
@@ -45,7 +46,7 @@ def arm_distance(p: Any) -> Any:
         along = start + t if best is None else xp.where(d < best, start + t, along)
         best = d if best is None else xp.minimum(d, best)
         start += length
-    return along
+    return along - 4 * xp.clip(best**0.5 - 0.09, 0, None)
 
 
 def borders(part: str, trims: Any, p: Any) -> Any:
