@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from backend import __version__
-from backend.protocol import GenerateRequest, PopulaceError
+from backend import __version__, options
+from backend.protocol import GenerateRequest, Mix, Person, PopulaceError
 from backend.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +38,9 @@ EPILOG = """exit codes:
 examples:
   populace demo                                    three people, a render and a .blend in populace-demo/
   populace generate --seed 7 --count 5 --out crowd  five GLB files
+  populace generate --seed 7 --prompt "tall old woman, red shirt" --pose walking --lods 3
+  populace generate --seed 7 --part top=12 --set height_m=1.8 --retexture 3
+  populace interpolate --from 7 --to 8 --steps 9    nine people, from one to the other
   populace doctor                                  what is installed and what will run where
   populace serve --stay --json                     a backend for scripts; prints where its token is
 
@@ -97,23 +98,29 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "make three people through the real backend and put them into a Blender scene")
     demo.add_argument("--out", type=Path, default=Path("populace-demo"), help="folder (default: populace-demo)")
-    demo.add_argument("--seed", type=_seed, default=1, help="of the first person; the others follow (default: 1)")
+    demo.add_argument("--seed", type=options.seed, default=1, help="of the first of the three (default: 1)")
     demo.add_argument("--family", default="people", help="model family (default: people)")
 
-    generate = command("generate", _generate, "make people from seeds and write them as files")
-    generate.add_argument("--seed", type=_seed, default=0, help="of the first person; the others follow (default: 0)")
-    generate.add_argument("--count", type=_positive, default=1, help="how many people (default: 1)")
-    generate.add_argument("--out", type=Path, default=Path("."), help="folder, made if needed (default: .)")
-    generate.add_argument("--format", choices=("glb", "obj", "blend"), default="glb", help="default: glb")
-    generate.add_argument("--json", action="store_true", help="print one JSON line per person on stdout")
-    _request_options(generate)
+    generate = command("generate", _generate, "make people from seeds, words and edits, and write them as files")
+    generate.add_argument("--count", type=options.positive, default=1, help="how many people (default: 1)")
+    options.add_person(generate)
+    options.add_output(generate)
+    options.add_quality(generate)
+
+    between = command("interpolate", _interpolate, "write the people on the way from one seed to another")
+    between.add_argument("--from", dest="seed", type=options.seed, required=True, help="seed of the first person")
+    between.add_argument("--to", type=options.seed, required=True, help="seed of the last person")
+    between.add_argument("--steps", type=options.positive, default=5, help="people, both ends included (default: 5)")
+    between.add_argument("--kinds", type=options.kinds, default=["shape", "tex"], help="default: shape,tex")
+    options.add_output(between)
+    options.add_quality(between)
 
     serve = command("serve", _serve, "run the backend for Blender and scripts on 127.0.0.1")
     serve.add_argument("--stay", action="store_true", default=None, help="go on when the last client has left")
     serve.add_argument("--json", action="store_true", help="print one JSON line when ready: port, pid, runtime_file")
     serve.add_argument("--port", type=_port, help="default: one chosen by the system")
     serve.add_argument("--data-dir", type=Path, help="for jobs, results, logs and weights")
-    _device_option(serve)
+    options.add_device(serve)
 
     doctor = command("doctor", _doctor, "show what is installed, and what will run where")
     doctor.add_argument("--json", action="store_true", help="as JSON")
@@ -131,42 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure seconds and peak memory per stage, growth with the grid, and ratios")
     bench.add_argument("--json", action="store_true", help="as JSON on stdout")
-    bench.add_argument("--repeat", type=_positive, default=5, help="runs per figure, the median counts (default: 5)")
+    bench.add_argument("--repeat", type=options.positive, default=5, help="runs, the median counts (default: 5)")
     bench.add_argument("--quick", action="store_true", help="only the stages of one person, without growth and ratios")
-    _request_options(bench)
+    options.add_quality(bench)
     return parser
-
-
-def _request_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", default="people", help="model family (default: people)")
-    parser.add_argument("--texture-size", type=int, choices=(512, 1024, 2048, 4096), default=1024, help="pixels")
-    parser.add_argument("--faces", type=_positive, default=30000, help="face budget of a person (default: 30000)")
-    parser.add_argument("--grid-resolution", type=_positive, default=256, help="cells along the height (default: 256)")
-    parser.add_argument("--truncation-psi", type=float, default=0.7, help="0: the mean person, 1: full variety")
-    parser.add_argument("--unwrap", choices=("atlas", "xatlas"), default="atlas",
-                        help="atlas: at once; xatlas: slow, fewer pixels lost")  # fmt: skip
-    parser.add_argument("--set", dest="parameters", type=_parameter, action="append", default=[], metavar="NAME=VALUE",
-                        help="a family parameter; may be repeated")  # fmt: skip
-    _device_option(parser)
-
-
-def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
-                        help="auto: the GPU if there is one (default: auto, or what the settings say)")  # fmt: skip
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**53:
-        raise argparse.ArgumentTypeError("must be in 0..2^53-1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _port(text: str) -> int:
@@ -176,28 +151,6 @@ def _port(text: str) -> int:
     return value
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError("must look like NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def _request(args: argparse.Namespace, seed: int) -> GenerateRequest:
-    try:
-        return GenerateRequest(
-            family=args.family, seed=seed, truncation_psi=args.truncation_psi, parameters=dict(args.parameters),
-            grid_resolution=args.grid_resolution, faces=args.faces, texture_size=args.texture_size, unwrap=args.unwrap,
-        )  # fmt: skip
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise PopulaceError("invalid_request", f"{option}: {first['msg']}.", "See --help.") from None
-
-
 def _demo(args: argparse.Namespace) -> None:
     from backend import demo
 
@@ -205,43 +158,69 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    """In this process, without a server."""
-    requests = [_request(args, args.seed + i) for i in range(args.count)]
-    from backend import families, packet, pipeline
+    first = options.request_of(args)
+    requests = [first.model_copy(update={"seed": first.seed + i}) for i in range(args.count)]
+    _make({f"person_{request.seed:06d}": request for request in requests}, args)
+
+
+def _interpolate(args: argparse.Namespace) -> None:
+    first = options.request_of(args)
+    other, requests = Person(seed=args.to, truncation_psi=first.truncation_psi), {}
+    for i in range(args.steps):
+        mix = Mix(op="mix", other=other, amount=i / max(args.steps - 1, 1), kinds=args.kinds)
+        name = f"person_{args.seed:06d}_to_{args.to:06d}_{i:02d}"
+        requests[name] = first.model_copy(update={"edits": [mix, *first.edits]})
+    _make(requests, args)
+
+
+def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> None:
+    """In this process, without a server; the requests are of one family."""
+    from backend import checks, families, packet, pipeline
     from backend.progress import Progress
 
-    families.info(args.family)
+    for request in requests.values():
+        checks.check(request)
     args.out.mkdir(parents=True, exist_ok=True)
+    ignored: list[str] = []
     with Progress() as progress:
         progress.show("loading the model", 0)
         settings = Settings.load(device=args.device)
-        model = families.load(args.family, settings.device, settings)
-        for i, request in enumerate(requests):
+        model = families.load(next(iter(requests.values())).family, settings.device, settings)
+        for i, (name, request) in enumerate(requests.items()):
             who = f"person {i + 1} of {len(requests)}" if len(requests) > 1 else "person"
             asset, stats = pipeline.generate(
                 request, model, lambda stage, f, i=i, who=who: progress.show(f"{who}: {stage}", (i + f) / len(requests))
             )
-            path = _write(asset, args.out, f"person_{request.seed:06d}", args.format)
+            paths = _write(asset, args.out, name, args.format, request.lods)
+            ignored = asset.meta.get("words_ignored", [])
             if args.json:
-                digest = hashlib.sha256(packet.dumps(asset)).hexdigest()
-                line = {"seed": request.seed, "path": str(path), "packet_sha256": digest,
-                        "parts": asset.meta["parts"], **asset.meta["attributes"], "stats": stats}  # fmt: skip
+                line = {"seed": request.seed, "path": str(paths[0]), "paths": [str(path) for path in paths],
+                        "packet_sha256": hashlib.sha256(packet.dumps(asset)).hexdigest(),
+                        "parts": asset.meta["parts"], "height_m": asset.meta["attributes"]["height_m"],
+                        "attributes": asset.meta["attributes"], "words_ignored": ignored, "stats": stats}  # fmt: skip
                 print(json.dumps(line), flush=True)
+    if ignored:
+        print(f"populace: not understood: {', '.join(ignored)}", file=sys.stderr)
 
 
-def _write(asset: HumanAsset, out: Path, name: str, form: str) -> Path:
+def _write(asset: HumanAsset, out: Path, name: str, form: str, lods: int) -> list[Path]:
+    """One file or folder per level of detail; a .blend holds all of them."""
     from backend import packet
 
-    if form == "obj":
-        return packet.to_obj(asset, out / name)
-    path = out / f"{name}.{form}"
-    if form == "glb":
-        packet.write_file(path, packet.to_glb(asset))
-    else:
+    if form == "blend":
         from backend import studio
 
-        studio.save_person(asset, path)
-    return path
+        studio.save_person(asset, out / f"{name}.blend")
+        return [out / f"{name}.blend"]
+    paths = []
+    for lod in range(lods):
+        stem = f"{name}_LOD{lod}" if lod else name
+        if form == "obj":
+            paths.append(packet.to_obj(asset, out / stem, lod))
+        else:
+            paths.append(out / f"{stem}.glb")
+            packet.write_file(paths[-1], packet.to_glb(asset, lod))
+    return paths
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -306,7 +285,7 @@ def _weights_hash(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    request = _request(args, 0)
+    request = options.request_of(args)
     from backend import bench
 
     report = bench.run(request, Settings.load(device=args.device), args.repeat, args.quick)

@@ -124,11 +124,11 @@ class _CountedModel:
     def __init__(self, model: FamilyModel) -> None:
         self._model = model
         self.name, self.device, self.weights_sha256 = model.name, model.device, model.weights_sha256
-        self.sample = model.sample
+        self.sample, self.describe, self.edit = model.sample, model.describe, model.edit
         self.evaluations = 0
 
-    def decode(self, latents: Latents) -> Sequence[HumanField]:
-        return [self._counted(field) for field in self._model.decode(latents)]
+    def decode(self, latents: Latents, separate: bool = False) -> Sequence[HumanField]:
+        return [self._counted(field) for field in self._model.decode(latents, separate)]
 
     def _counted(self, field: Any) -> HumanField:
         ask = field.sdf

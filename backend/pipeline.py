@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from scipy.sparse import coo_array, csgraph
 
-from backend import __version__, families
+from backend import __version__
+from backend.edits import choose_latents, words_ignored
 from backend.families.base import FamilyModel, HumanField, Latents, Step, no_step
 from backend.geometry.bake import bake
 from backend.geometry.clean import clean
@@ -33,6 +34,8 @@ from backend.protocol import GenerateRequest, PopulaceError
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
           "bake": 0.2, "encode": 0.1}  # fmt: skip
+MIN_FACES = 100  # of one object at a coarse level of detail
+MIN_TEXTURE = 256
 
 
 @torch.no_grad()
@@ -48,8 +51,8 @@ def generate(
     with clock.stage("sample"):
         latents = choose_latents(request, model)
     with clock.stage("decode"):
-        fields = model.decode(latents)
-    clock.parts = len(fields)
+        fields = model.decode(latents, separate=request.separate)
+    clock.parts, clock.lods = len(fields), request.lods
     fine = []
     for field in fields:
         with clock.stage("surface"):
@@ -57,45 +60,32 @@ def generate(
         with clock.stage("clean"):
             fine.append(clean(raw))
     total = sum(len(mesh.faces) for mesh in fine)
-    made = []
-    for field, mesh in zip(fields, fine):
-        with clock.stage("simplify"):
+    made, coarse = [], list(fine)
+    for lod in range(request.lods):
+        size = texture_size(request, lod)
+        for i, (field, mesh) in enumerate(zip(fields, fine)):
             density = field.region_density
-            importance = None if density is None else density[field.region(mesh.points)]
-            coarse = simplify(mesh, round(request.faces * len(mesh.faces) / total), importance)
-        with clock.stage("unwrap"):
-            region = field.region(coarse.points)
-            coarse = unwrap(coarse, region, request.texture_size, request.unwrap, density)
-        with clock.stage("bake"):
-            made.append((field, coarse, bake(field, mesh, coarse, request.texture_size, clock.step)))
+            with clock.stage("simplify"):
+                importance = None if density is None else density[field.region(coarse[i].points)]
+                coarse[i] = simplify(coarse[i], face_budget(request, lod, len(mesh.faces) / total), importance)
+            with clock.stage("unwrap"):
+                flat = unwrap(coarse[i], field.region(coarse[i].points), size, request.unwrap, density)
+            with clock.stage("bake"):
+                made.append((field, lod, flat, bake(field, mesh, flat, size, clock.step)))
     with clock.stage("encode"):
-        asset = _assemble(made, latents, request, model)
-    clock.counts |= {"fine_faces": total, "faces": sum(len(part.faces) for part in asset.parts)}
+        asset = _assemble(made, latents, request, model).in_pose(request.pose)
+    clock.counts |= {"fine_faces": total, "faces": asset.meta["stats"]["faces"]}
     return asset, clock.stats()
 
 
-def choose_latents(request: GenerateRequest, model: FamilyModel) -> Latents:
-    """The latents of the seed, with the request's own codes in place of some. Raises `invalid_latents`."""
-    families.check_parameters(model.name, request.parameters)
-    latents = model.sample(request.seed, request.truncation_psi, request.parameters)
-    codes = dict(latents.codes)
-    for name, rows in (request.latents or {}).items():
-        if name not in codes:
-            raise PopulaceError(
-                "invalid_latents", f"The family {model.name!r} has no latents called {name!r}.",
-                f"It has: {', '.join(sorted(codes))}."
-            )  # fmt: skip
-        shape = tuple(codes[name].shape)
-        if {len(row) for row in rows} != {shape[1]} or len(rows) != shape[0]:
-            sizes = "x".join(map(str, (len(rows), len(rows[0]))))
-            raise PopulaceError(
-                "invalid_latents", f"Latents {name!r} are {sizes} numbers instead of {shape[0]}x{shape[1]}.",
-                "Send latents of a person of the same family and version."
-            )  # fmt: skip
-        codes[name] = torch.tensor(rows, dtype=torch.float32, device=codes[name].device)
-        if not torch.isfinite(codes[name]).all():
-            raise PopulaceError("invalid_latents", f"Latents {name!r} are too large for float32.", "Send smaller ones.")
-    return Latents(latents.family, codes)
+def face_budget(request: GenerateRequest, lod: int, share: float) -> int:
+    """Triangles of an object that makes up `share` of the person: a quarter per level, never too few for a shape."""
+    return max(round(request.faces * share / 4**lod), min(MIN_FACES, round(request.faces * share)))
+
+
+def texture_size(request: GenerateRequest, lod: int) -> int:
+    """Pixels: half per level."""
+    return max(request.texture_size >> lod, MIN_TEXTURE)
 
 
 def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh:
@@ -108,17 +98,20 @@ def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh
 
 
 def _assemble(
-    made: Sequence[tuple[HumanField, TriMesh, Textures]], latents: Latents, request: GenerateRequest, model: FamilyModel
+    made: Sequence[tuple[HumanField, int, TriMesh, Textures]],
+    latents: Latents,
+    request: GenerateRequest,
+    model: FamilyModel,
 ) -> HumanAsset:
     """Arrays for the packet: the lowest point of the person on the floor, maps encoded, facts written down."""
-    floor = min(float(mesh.vertices[:, 1].min()) for _, mesh, _ in made)
-    height = max(float(mesh.vertices[:, 1].max()) for _, mesh, _ in made) - floor
+    heights = [y for _, lod, mesh, _ in made if lod == 0 for y in mesh.vertices[:, 1].aminmax()]
+    floor, height = float(min(heights)), float(max(heights)) - float(min(heights))
     drop = np.array([0, floor, 0], np.float32)
-    maps = [m for _, _, textures in made for m in (textures.base_color, textures.normal)]
+    maps = [m for _, _, _, textures in made for m in (textures.base_color, textures.normal)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # zlib releases the interpreter lock
         pngs = list(pool.map(_png, maps))
     parts, facts = [], []
-    for i, (field, mesh, _) in enumerate(made):
+    for i, (field, lod, mesh, _) in enumerate(made):
         assert mesh.uvs is not None
         assert mesh.face_uvs_idx is not None
         skin = field.skin(mesh.points) if field.rig is not None else None
@@ -130,20 +123,26 @@ def _assemble(
             skin_indices=_numpy(skin[0], np.int32) if skin else None,
             skin_weights=_numpy(skin[1], np.float32) if skin else None,
         ))  # fmt: skip
-        facts.append({"name": field.name, **mesh_facts(parts[-1].faces, len(parts[-1].vertices)),
+        facts.append({"name": f"{field.name}_LOD{lod}" if lod else field.name, "lod": lod,
+                      **mesh_facts(parts[-1].faces, len(parts[-1].vertices)),
                       "vertices": len(parts[-1].vertices)})  # fmt: skip
-    rig = next((field.rig for field, _, _ in made if field.rig is not None), None)
+    rig = next((field.rig for field, *_ in made if field.rig is not None), None)
     arrays = None
     if rig is not None:
         arrays = RigArrays(_numpy(rig.heads, np.float32) - drop, _numpy(rig.tails, np.float32) - drop,
                            np.array(rig.parents, np.int32))  # fmt: skip
+    ignored, asked = words_ignored(request), request.model_dump(mode="json")
     meta = {
         "parts": facts,
         "bones": list(rig.names) if rig else [],
-        "attributes": {"height_m": round(height, 4)},
-        "recipe": {**request.model_dump(mode="json", exclude={"latents"}), "version": __version__,
-                   "weights_sha256": model.weights_sha256},
-        "stats": {"faces": sum(fact["faces"] for fact in facts), "closed": all(fact["closed"] for fact in facts)},
+        "attributes": {**model.describe(latents), "height_m": round(height, 4)},
+        # With the latents of the packet the recipe makes this person again, so what led to them stands aside.
+        "recipe": {**{k: v for k, v in asked.items() if k not in ("latents", "prompt", "edits")},
+                   "version": __version__, "weights_sha256": model.weights_sha256},
+        **({"asked": {"prompt": request.prompt, "edits": asked["edits"]}} if request.prompt or request.edits else {}),
+        **({"words_ignored": ignored} if ignored else {}),
+        "stats": {"faces": sum(fact["faces"] for fact in facts if fact["lod"] == 0),
+                  "closed": all(fact["closed"] for fact in facts)},
     }  # fmt: skip
     return HumanAsset(tuple(parts), {k: _numpy(v, np.float32) for k, v in latents.codes.items()}, arrays, meta)
 
@@ -177,7 +176,7 @@ class _Clock:
         self._share = 0.0  # of the current stage in the whole
         self._done = 0.0  # what all finished stages made up
         self._told = 0.0
-        self.parts = 1
+        self.parts = self.lods = 1
         self.seconds: dict[str, float] = {}
         self.peak_rss_mib: dict[str, float] = {}
         self.peak_gpu_mib: dict[str, float] = {}
@@ -185,9 +184,11 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to this stage; stages after "decode" and before "encode" run once per part."""
+        """Everything inside belongs to this stage; from "surface" to "bake" they run once per part or more."""
         self._stage = name
-        self._share = STAGES[name] / (1 if name in ("sample", "decode", "encode") else self.parts)
+        runs = {"surface": self.parts, "clean": self.parts}
+        runs |= dict.fromkeys(("simplify", "unwrap", "bake"), self.parts * self.lods)
+        self._share = STAGES[name] / runs.get(name, 1)
         self.step(name, 0.0)
         _reset_peak_rss()
         if on_gpu := torch.cuda.is_initialized():

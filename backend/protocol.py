@@ -7,12 +7,23 @@ import json
 import math
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 PROTOCOL_VERSION: Final = 1
 
 MAX_JSON_BYTES: Final = 1 << 20
 MAX_JSON_DEPTH: Final = 32
+MAX_EDITS: Final = 64
+MAX_LODS: Final = 4
 
 ErrorCode = Literal[
     "unauthorized", "forbidden", "not_found", "method_not_allowed", "conflict", "too_large", "invalid_request",
@@ -69,29 +80,140 @@ JobId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="32 lower-ca
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="who asks; one per Blender or script")]
 
 
-class GenerateRequest(Model):
-    """Everything about one person. The same request gives the same packet on the same device and version."""
+def _rows(value: list[list[float]]) -> list[list[float]]:
+    """Whether they fit the family `checks` knows."""
+    if len({len(row) for row in value}) > 1:
+        raise ValueError("latents must be rows of equal length")
+    return value
 
-    family: str = Field(default="people", pattern=r"^[a-z][a-z0-9_]{0,31}$")
-    seed: int = Field(default=0, ge=0, le=2**53 - 1)
-    truncation_psi: float = Field(default=0.7, ge=0, le=1.5, description="0: the mean person, 1: the full variety")
-    latents: dict[str, list[list[float]]] | None = Field(default=None, description="codes in place of the seed's")
+
+def _once(value: list[Any]) -> list[Any]:
+    if len(set(value)) < len(value):
+        raise ValueError("a name appears twice")
+    return value
+
+
+Row = Annotated[list[float], Field(min_length=1, max_length=4096)]
+Rows = Annotated[list[Row], Field(min_length=1, max_length=64), AfterValidator(_rows)]
+Codes = Annotated[dict[Annotated[str, Field(max_length=64)], Rows], Field(max_length=64)]
+"""Latents as JSON: rows of numbers by name, e.g. {"top/shape": [[...]], "top/tex": [[...]]}."""
+
+Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Psi = Annotated[float, Field(ge=0, le=1.5, description="0: the mean person, 1: the full variety")]
+Amount = Annotated[float, Field(ge=0, le=1, description="0: nothing changes")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Parts = Annotated[list[Name], Field(min_length=1, max_length=16), AfterValidator(_once)]
+Kinds = Annotated[list[Literal["shape", "tex"]], Field(min_length=1, max_length=2), AfterValidator(_once)]
+Text = Annotated[str, Field(max_length=1000, description="English words, see GET /v1/families for what can be said")]
+Choice = Annotated[str, Field(max_length=64)]
+Color = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]
+Value = Annotated[
+    Annotated[float, Tag("number")] | Annotated[Color, Tag("color")] | Annotated[Choice, Tag("choice")],
+    Discriminator(lambda value: {list: "color", str: "choice"}.get(type(value), "number")),  # then errors name one
+]
+
+
+def _both() -> list[Literal["shape", "tex"]]:
+    return ["shape", "tex"]
+
+
+class Person(Model):
+    """Another person: that of a seed, or one whose complete latents are given."""
+
+    seed: Seed | None = None
+    truncation_psi: Psi = 0.7
+    latents: Codes | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Person:
+        if (self.seed is None) == (self.latents is None):
+            raise ValueError("a person is given by seed or by latents, one of the two")
+        return self
+
+
+class Mix(Model):
+    """Towards another person; at 1 it is that person. What only one of the two wears changes sides at 0.5."""
+
+    op: Literal["mix"]
+    other: Person
+    amount: Amount
+    kinds: Kinds = Field(default_factory=_both)
+
+
+class Vary(Model):
+    """Towards the person of an independent seed, with the variety of the family: 0 the same person, 1 a stranger."""
+
+    op: Literal["vary"]
+    seed: Seed
+    amount: Amount
+    parts: Parts | None = None  # all
+    kinds: Kinds = Field(default_factory=_both)
+
+
+class TakeParts(Model):
+    """These parts from another person. What the other does not wear is taken off."""
+
+    op: Literal["part"]
+    parts: Parts
+    other: Person
+    kinds: Kinds = Field(default_factory=_both)
+
+
+class Remove(Model):
+    """Take these parts off."""
+
+    op: Literal["remove"]
+    parts: Parts
+
+
+class Reroll(Model):
+    """Everything but the locked parts from the person of another seed; with kinds ["tex"] only the looks."""
+
+    op: Literal["reroll"]
+    seed: Seed
+    lock: Annotated[list[Name], Field(max_length=16), AfterValidator(_once)] = Field(default_factory=list)
+    kinds: Kinds = Field(default_factory=_both)
+
+
+class SetValues(Model):
+    """Attributes of the family by name."""
+
+    op: Literal["set"]
+    values: Annotated[dict[Name, Value], Field(min_length=1, max_length=64)]
+
+
+class Words(Model):
+    """Attributes in plain words."""
+
+    op: Literal["words"]
+    text: Text
+
+
+OPS: Final = ("mix", "vary", "part", "remove", "reroll", "set", "words")
+Edit = Annotated[Mix | Vary | TakeParts | Remove | Reroll | SetValues | Words, Field(discriminator="op")]
+
+
+class GenerateRequest(Model):
+    """Everything about one person. The same request gives the same packet on the same device and version.
+
+    The person is that of the seed, with `latents` in place of some of its codes; then come `prompt` and `edits`, in
+    this order. `latents` that hold a whole body are a whole person: the seed plays no role.
+    """
+
+    family: Name = "people"
+    seed: Seed = 0
+    truncation_psi: Psi = 0.7
+    latents: Codes | None = Field(default=None, description="codes in place of the seed's")
     parameters: dict[str, Any] = Field(default_factory=dict, description="family parameters, see GET /v1/families")
+    prompt: Text | None = None
+    edits: list[Edit] = Field(default_factory=list, max_length=MAX_EDITS, description="applied in order")
+    pose: str = Field(default="rest", pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]{0,63}$")
+    separate: bool = Field(default=False, description="clothes and hair as objects of their own")
     grid_resolution: int = Field(default=256, ge=16, le=512, description="lattice cells along the height")
     faces: int = Field(default=30000, ge=500, le=2_000_000, description="face budget of the whole person")
+    lods: int = Field(default=1, ge=1, le=MAX_LODS, description="levels of detail, each with a quarter of the faces")
     texture_size: Literal[512, 1024, 2048, 4096] = 1024
     unwrap: Literal["atlas", "xatlas"] = "atlas"
-
-    @field_validator("latents")
-    @classmethod
-    def _rows(cls, value: dict[str, list[list[float]]] | None) -> dict[str, list[list[float]]] | None:
-        """Rows of equal length, finite. Whether they fit the family only its model knows."""
-        for rows in (value or {}).values():
-            if not rows or not rows[0] or len({len(row) for row in rows}) > 1:
-                raise ValueError("latents must be rows of equal length")
-            if not all(math.isfinite(x) for row in rows for x in row):
-                raise ValueError("latents must hold finite numbers only")
-        return value
 
 
 class JobRequest(Model):
@@ -158,7 +280,10 @@ def invalid(errors: list[Any]) -> PopulaceError:
     first = errors[0]
     path = ".".join(_printable(part) for part in first["loc"] if part not in ("body", "query", "path"))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return PopulaceError("invalid_request", f"{path or 'body'}: {first['msg']}{more}.", "See /v1/openapi.json.")
+    rule = first["msg"].removeprefix("Value error, ")
+    if first["type"].startswith("union_tag"):  # pydantic's sentence repeats the value
+        rule = f"op must be one of: {', '.join(OPS)}"
+    return PopulaceError("invalid_request", f"{path or 'body'}: {rule}{more}.", "See /v1/openapi.json.")
 
 
 def parse_request(raw: Any) -> GenerateRequest:

@@ -26,11 +26,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from backend import __version__, families, packet, runtime, weights
+from backend import __version__, checks, families, packet, poses, runtime, weights
 from backend.guard import MAX_HEAD_BYTES, Connection, Guard
 from backend.jobs import Jobs
 from backend.protocol import (
     HTTP_STATUS,
+    MAX_LODS,
     PROTOCOL_VERSION,
     ClientName,
     Error,
@@ -160,7 +161,8 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
 
     @app.get("/v1/families")
     async def list_families() -> list[dict[str, Any]]:
-        return [dataclasses.asdict(info) for info in families.infos()]
+        return [{**dataclasses.asdict(info), "parts": info.parts, "poses": poses.pose_names()}
+                for info in families.infos()]  # fmt: skip
 
     @app.get("/v1/weights")
     def list_weights() -> list[dict[str, Any]]:
@@ -173,7 +175,7 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
 
     @app.post("/v1/jobs")
     async def submit(job: JobRequest) -> JobStatus:
-        families.check_parameters(job.request.family, job.request.parameters)
+        checks.check(job.request)
         return await jobs.submit(job)
 
     @app.get("/v1/jobs")
@@ -190,12 +192,16 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
 
     @app.get("/v1/jobs/{job_id}/result", response_class=Response, responses={200: {"content": {
         "application/octet-stream": {}, "model/gltf-binary": {}}}})  # fmt: skip
-    async def result(job_id: JobId, format: Literal["safetensors", "glb"] = "safetensors") -> Response:
+    async def result(
+        job_id: JobId,
+        format: Literal["safetensors", "glb"] = "safetensors",
+        lod: Annotated[int, Query(ge=0, lt=MAX_LODS, description="of a GLB: level of detail")] = 0,
+    ) -> Response:
         path = jobs.result(job_id)
         if format == "safetensors":
             return _Packet(path, media_type="application/octet-stream")
         async with converting:
-            glb = await asyncio.to_thread(lambda: packet.to_glb(packet.read(path)))
+            glb = await asyncio.to_thread(lambda: packet.to_glb(packet.read(path), lod))
         return Response(glb, media_type="model/gltf-binary")
 
     @app.get("/v1/jobs/{job_id}/stats", response_class=Response, responses={200: {"content": {"application/json": {}}}})

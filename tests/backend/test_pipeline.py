@@ -66,7 +66,7 @@ def test_packet_is_complete_and_reads_back(person: packet.HumanAsset) -> None:
     assert read.rig is not None
     assert part.skin_weights is not None
     assert np.allclose(part.skin_weights.sum(1), 1, atol=1e-5)
-    assert read.meta["recipe"] == {**REQUEST.model_dump(mode="json", exclude={"latents"}), "weights_sha256": None,
+    assert read.meta["recipe"] == {**REQUEST.model_dump(mode="json", exclude={"latents", "prompt", "edits"}), "weights_sha256": None,
                                    "version": read.meta["recipe"]["version"]}  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_latents_of_a_person_replace_those_of_the_seed(person: packet.HumanAsset
 )
 def test_f16_wrong_latents_fail_before_any_work(latents: dict[str, list[list[float]]], says: str) -> None:
     class Untouchable(type(MODEL)):
-        def decode(self, latents: object) -> list[Any]:
+        def decode(self, latents: object, separate: bool = False) -> list[Any]:
             raise AssertionError("decoded")
 
     with pytest.raises(PopulaceError, match=says) as caught:
@@ -136,7 +136,7 @@ def test_f17_field_without_a_surface_gives_empty_surface(value: float) -> None:
             return torch.full_like(points[:, 0], value)
 
     class Empty(type(MODEL)):
-        def decode(self, latents: Any) -> list[Any]:
+        def decode(self, latents: Any, separate: bool = False) -> list[Any]:
             found = super().decode(latents)[0]
             found.__class__ = Nothing
             return [found]
@@ -148,7 +148,7 @@ def test_f17_field_without_a_surface_gives_empty_surface(value: float) -> None:
 
 def test_two_parts_share_the_budget_and_the_floor() -> None:
     class Two(type(MODEL)):
-        def decode(self, latents: Any) -> list[Any]:
+        def decode(self, latents: Any, separate: bool = False) -> list[Any]:
             small = load(self.device)
             return [*super().decode(latents), *small.decode(small.sample(1, 0.5, {"single": True}))]
 
@@ -167,5 +167,3 @@ def test_mesh_facts_see_holes_and_shells() -> None:
     assert not pipeline.mesh_facts(np.concatenate([tetrahedron[:3], tetrahedron[3:, ::-1]]), 4)["closed"]
     two = np.concatenate([tetrahedron, tetrahedron + 4])
     assert pipeline.mesh_facts(two, 8) == {"faces": 8, "closed": True, "components": 2}
-
-

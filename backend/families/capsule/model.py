@@ -102,9 +102,10 @@ class CapsuleModel:
                 code = torch.logit(torch.tensor(values[name], dtype=torch.float64), 1e-4) / _CONTRAST
                 for region in regions:
                     tex[REGIONS.index(region), slice(2) if plain else 0] = code.to(tex)
-        height = float(values.get("height_m", _height(shape)))
+        height: Any = values.get("height_m", _height(shape))
         if "weight" in values:
-            shape[1] = _atanh(2 * float(values["weight"]) - 1)
+            weight: Any = values["weight"]
+            shape[1] = _atanh(2 * weight - 1)
         if {"height_m", "weight"} & values.keys():
             growth = np.log(height / _height(np.array([0.0, *shape[1:]])))
             shape[0] = _atanh(growth / _REACH[0]) / _SLOPE[0]
