@@ -26,6 +26,7 @@ import numpy as np
 from backend.protocol import PopulaceError
 
 REST = "rest"
+FLESH = 0.125  # between hip joint and seat, in lengths of the leg: the middle of twelve clothed people
 
 Array = np.ndarray[Any, Any]
 
@@ -199,7 +200,7 @@ def _soles(rig: Skeleton) -> tuple[Array, Array] | None:
 
 
 def _seated(rotations: Array, rig: Skeleton, seat_m: float) -> Array:
-    """The pose with thighs pitched so that a seat of this height carries them: hip joints a tenth of the leg's length
+    """The pose with thighs pitched so that a seat of this height carries them: hip joints `FLESH` of the leg's length
     above the seat, shins and feet as they were."""
     row = {bone: j for j, bone in enumerate(rig.names)}
     parents = np.asarray(rig.parents).tolist()
@@ -213,7 +214,7 @@ def _seated(rotations: Array, rig: Skeleton, seat_m: float) -> Array:
         thigh, calf, foot = (row[f"{bone}_{side}"] for bone in ("thigh", "calf", "foot"))
         leg = np.linalg.norm(heads[thigh] - heads[calf]) + np.linalg.norm(heads[calf] - heads[foot])
         _, y, z = posed[calf] - posed[thigh]
-        rise = (posed[calf, 1] - sole) - (seat_m + 0.1 * leg)  # of the knee over the hip, wanted
+        rise = (posed[calf, 1] - sole) - (seat_m + FLESH * leg)  # of the knee over the hip, wanted
         radius = np.hypot(y, z)
         angle = np.arcsin(np.clip(rise / radius, -0.6, 0.6)) - np.arcsin(np.clip(y / radius, -1, 1))
         c, s = np.cos(-angle), np.sin(-angle)  # a thigh that points ahead is raised by a negative turn about x

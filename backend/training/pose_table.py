@@ -22,6 +22,9 @@ BVH: Final = {
     "standing_3": "standing03.bvh", "standing_4": "standing04.bvh", "running": "run01.bvh",
 }  # fmt: skip
 
+# The files' people are barefoot and cross their legs: degrees by which each leg is moved outward, for room for shoes.
+SPREAD: Final = {"standing_1": 4.0, "standing_3": 3.0}
+
 # A hand at ease: fingers curl more towards the little one and towards the tips.
 HAND: Final[dict[str, dict[str, float]]] = {
     "index_01": {"flex": 12}, "index_02": {"flex": 18}, "index_03": {"flex": 10},

@@ -6,8 +6,8 @@ angles in `pose_table`. Both become rotations per bone, parent-relative in world
 
 **BVH.** Global rotations are accumulated on the default rig. A bone of the small rig stands for a chain of the large
 one (upperarm_l: upperarm01.L, upperarm02.L): it takes the chain's mean rotation, so that twist is shared, and is then
-turned the short way until it points from the chain's posed head to its posed tail, so that joints arrive where the
-file puts them. Root takes nothing and the pelvis the large rig's root, so that Root stays free for the animator.
+turned the short way until it points at the chain's posed tail, so that joints arrive where the file puts them. Root
+takes nothing and the pelvis the large rig's root, so that Root stays free for the animator.
 
 **Angles** count from the anatomical standing position: upright, arms and legs hang straight down, palms to the thighs.
 That position is found from the joints of the kit's mean body; left bones are computed and mirrored to the right.
@@ -26,7 +26,7 @@ import numpy as np
 
 from backend import poses
 from backend.training.makehuman import Kit
-from backend.training.pose_table import BVH, HAND, TABLE
+from backend.training.pose_table import BVH, HAND, SPREAD, TABLE
 
 _AXIS = {"X": 0, "Y": 1, "Z": 2}
 _TO_Y_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # (x, y, z) -> (x, z, -y)
@@ -132,7 +132,10 @@ def retarget(large: RigOnBody, small: RigOnBody, bvh: Mapping[str, np.ndarray]) 
     tails = posed + np.einsum("jik,jk->ji", turned, large.tails - large.heads)
     quaternions = poses.to_quaternions(turned)
     out = np.tile(np.eye(3), (len(small.names), 1, 1))
-    for j, name in enumerate(small.names):
+    heads = small.heads.copy()  # posed, as far as the loop has come
+    for j, (name, parent) in enumerate(zip(small.names, small.parents)):
+        if parent >= 0:
+            heads[j] = heads[parent] + out[parent] @ (small.heads[j] - small.heads[parent])
         chain = sorted(large.row(b) for b in _chain(name, small.sources[name]))
         if not chain:
             continue
@@ -140,11 +143,20 @@ def retarget(large: RigOnBody, small: RigOnBody, bvh: Mapping[str, np.ndarray]) 
         q = q * np.sign(q @ q[0])[:, None]
         mean = poses.to_matrices(q.sum(0, keepdims=True))[0]
         if len(chain) > 1 and not name.startswith("ball"):
-            first, last = chain[0], chain[-1]
-            rest, now = large.tails[last] - large.heads[first], tails[last] - posed[first]
-            mean = shortest(mean @ rest, now) @ mean
+            last = chain[-1]
+            mean = shortest(mean @ (large.tails[last] - small.heads[j]), tails[last] - heads[j]) @ mean
         out[j] = mean
     return locals_of(small, out)
+
+
+def spread(small: RigOnBody, local: np.ndarray, degrees: float) -> np.ndarray:
+    """The pose with each leg turned outward about the hip joint, in the plane of the body; feet keep their bearing."""
+    turned, _ = globals_of(small, local)
+    for side, sign in (("l", 1), ("r", -1)):
+        for bone in ("thigh", "calf"):
+            j = small.row(f"{bone}_{side}")
+            turned[j] = about((0, 0, 1), sign * degrees) @ turned[j]
+    return locals_of(small, turned)
 
 
 def _chain(name: str, sources: Sequence[str]) -> list[str]:
@@ -257,8 +269,10 @@ def build(kit_root: Path) -> dict[str, dict]:
     kit = Kit(kit_root)
     body = kit.people({k: np.array([v]) for k, v in MEAN.items()})[0].astype(np.float64)
     large, small = read_rig(kit_root, "default", body), read_rig(kit_root, "game_engine", body)
-    found = {name: {"rotations": retarget(large, small, read_bvh(kit_root / "poses" / file))}
-             for name, file in BVH.items()}  # fmt: skip
+    found: dict[str, dict] = {}
+    for name, file in BVH.items():
+        local = retarget(large, small, read_bvh(kit_root / "poses" / file))
+        found[name] = {"rotations": spread(small, local, SPREAD.get(name, 0.0))}
     anatomy = Anatomy(small)
     for name, table in TABLE.items():
         seat = {"seat_m": table["seat_m"]} if "seat_m" in table else {}

@@ -16,7 +16,7 @@ import trimesh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backend import exports, packet
+from backend import exports, packet, poses
 from backend.protocol import PopulaceError
 from tests.backend.khronos import find_validator, validate
 from tests.contract import golden
@@ -124,15 +124,110 @@ def test_glb_weights_name_each_joint_once() -> None:
     assert joints.dtype == np.uint8
 
 
+def gltf_skinned(data: bytes, mesh: str) -> np.ndarray:
+    """A mesh's vertices as a glTF viewer shows them: node transforms down the tree, inverse bind matrices, weights."""
+    document, start = glb_json(data), data.index(b"BIN\0") + 4
+
+    def array(accessor: int, dtype: str) -> np.ndarray:
+        entry = document["accessors"][accessor]
+        view = document["bufferViews"][entry["bufferView"]]
+        width = {"VEC3": 3, "VEC4": 4, "MAT4": 16}[entry["type"]]
+        return np.frombuffer(data, dtype, entry["count"] * width, start + view["byteOffset"]).reshape(-1, width)
+
+    nodes, world = document["nodes"], {}
+
+    def walk(index: int, above: np.ndarray) -> None:
+        x, y, z, w = nodes[index].get("rotation", (0, 0, 0, 1))
+        local = np.eye(4)
+        local[:3, :3] = poses.to_matrices(np.array([(w, x, y, z)]))[0]
+        local[:3, 3] = nodes[index].get("translation", (0, 0, 0))
+        world[index] = above @ local
+        for child in nodes[index].get("children", ()):
+            walk(child, world[index])
+
+    for root in document["scenes"][0]["nodes"]:
+        walk(root, np.eye(4))
+    skin = document["skins"][0]
+    bind = array(skin["inverseBindMatrices"], "<f4").reshape(-1, 4, 4).transpose(0, 2, 1)
+    matrices = np.stack([world[j] for j in skin["joints"]]) @ bind
+    attributes = next(m for m in document["meshes"] if m["name"] == mesh)["primitives"][0]["attributes"]
+    points, weights = array(attributes["POSITION"], "<f4"), array(attributes["WEIGHTS_0"], "<f4")
+    blended = np.einsum("vk,vkij->vij", weights, matrices[array(attributes["JOINTS_0"], "u1").astype(int)])
+    return np.einsum("vij,vj->vi", blended[:, :3, :3], points) + blended[:, :3, 3]
+
+
+def test_glb_skinning_gives_the_posed_mesh() -> None:
+    """The node rotations do what `poses.skin` does; the head's tip (0, 1, 0), half of its weight on it, by hand."""
+    asset = golden.posed_asset()
+    data, part, rig = packet.to_glb(asset), asset.parts[0], asset.rig
+    assert rig is not None
+    vertex, _, _ = packet.corners(part)
+    wanted = poses.skin(part.vertices, part.skin_indices, part.skin_weights, rig, rig.rotations, rig.translation)
+    assert gltf_skinned(data, "human") == pytest.approx(wanted[vertex], abs=1e-6)
+    assert wanted[0] == pytest.approx([0, 0.25, 0], abs=1e-6)
+    assert wanted[1] == pytest.approx([0.25, 0.5, -0.5], abs=1e-6)  # the middle of (1, .25, 0) and (-.5, .75, -1)
+    assert wanted[2] == pytest.approx([0.5, 0.75, 0], abs=1e-6)
+    rest = replace(asset, rig=replace(rig, rotations=None, translation=None))
+    assert gltf_skinned(packet.to_glb(rest), "human") == pytest.approx(part.vertices[vertex], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_glb_skinning_of_a_long_chain(seed: int) -> None:
+    """Twelve bones in a random tree with random turns, two roots."""
+    rng, count = np.random.default_rng(seed), 12
+    parents = np.int32([-1, -1, *(rng.integers(0, j) for j in range(2, count))])
+    turns = rng.normal(size=(count, 4))
+    heads = rng.normal(size=(count, 3)).astype(np.float32)
+    rig = packet.RigArrays(heads, heads + 1, parents,
+                           (turns / np.linalg.norm(turns, axis=1, keepdims=True)).astype(np.float32),
+                           rng.normal(size=(1, 3)).astype(np.float32))  # fmt: skip
+    part = replace(golden.tetrahedron((0, 0, 0), True), skin_indices=rng.integers(0, count, (4, 4)).astype(np.int32),
+                   skin_weights=rng.dirichlet(np.ones(4), 4).astype(np.float32))  # fmt: skip
+    meta = {**golden.asset().meta, "parts": [{"name": "human"}], "bones": list("abcdefghijkl")}
+    asset = replace(golden.asset(), parts=(part,), rig=rig, meta=meta)
+    wanted = poses.skin(part.vertices, part.skin_indices, part.skin_weights, rig, rig.rotations, rig.translation)
+    assert gltf_skinned(packet.to_glb(asset), "human") == pytest.approx(wanted[packet.corners(part)[0]], abs=1e-5)
+
+
+def test_each_level_of_detail_is_a_file_of_its_own(tmp_path: Path) -> None:
+    asset = golden.posed_asset()
+    assert [m["name"] for m in glb_json(packet.to_glb(asset))["meshes"]] == ["human", "hät"]
+    assert [m["name"] for m in glb_json(packet.to_glb(asset, lod=1))["meshes"]] == ["human_LOD1"]
+    assert packet.to_obj(asset, tmp_path, lod=1).read_text().count("\no ") == 1
+    for wrong in (lambda: packet.to_glb(asset, 2), lambda: packet.to_obj(asset, tmp_path, 2)):
+        with pytest.raises(PopulaceError, match=r"has 2 levels of detail, but none numbered 2\. Ask for one of 0 to 1"):
+            wrong()
+
+
+VARIANTS = {
+    "rest": golden.asset(),
+    "no rig": replace(golden.asset(), rig=None, parts=golden.asset().parts[1:],
+                      meta={**golden.asset().meta, "parts": golden.asset().meta["parts"][1:]}),
+    "posed": golden.posed_asset(),
+}  # fmt: skip
+
+
 @pytest.mark.skipif(find_validator() is None, reason="npm package gltf-validator is not installed")
-@pytest.mark.parametrize("rigged", [True, False])
-def test_khronos_validator_finds_nothing(tmp_path: Path, rigged: bool) -> None:
-    asset = golden.asset()
-    if not rigged:
-        asset = replace(asset, rig=None, parts=asset.parts[1:], meta={**asset.meta, "parts": asset.meta["parts"][1:]})
-    (tmp_path / "a.glb").write_bytes(packet.to_glb(asset))
+@pytest.mark.parametrize(("name", "lod"), [("rest", 0), ("no rig", 0), ("posed", 0), ("posed", 1)])
+def test_khronos_validator_finds_nothing(tmp_path: Path, name: str, lod: int) -> None:
+    (tmp_path / "a.glb").write_bytes(packet.to_glb(VARIANTS[name], lod))
     issues = validate(tmp_path / "a.glb")["issues"]
     assert issues["numErrors"] == issues["numWarnings"] == 0, issues["messages"]
+
+
+def test_obj_is_posed(tmp_path: Path) -> None:
+    """The first part follows its bones, with its normals; the second has no skin and stays."""
+    asset = golden.posed_asset()
+    lines = packet.to_obj(asset, tmp_path).read_text().splitlines()
+    vertices = np.array([line.split()[1:] for line in lines if line.startswith("v ")], float)
+    normals = np.array([line.split()[1:] for line in lines if line.startswith("vn ")], float)
+    assert asset.rig is not None
+    part, rig = asset.parts[0], asset.rig
+    wanted = poses.skin(part.vertices, part.skin_indices, part.skin_weights, rig, rig.rotations, rig.translation)
+    assert vertices[:4] == pytest.approx(wanted, abs=1e-6)
+    assert vertices[4:] == pytest.approx(asset.parts[1].vertices, abs=1e-6)
+    assert np.linalg.norm(normals, axis=1) == pytest.approx(np.ones(8), abs=1e-3)
+    assert normals[2] == pytest.approx([1, 0, 0], abs=1e-4)  # on the head alone, which turns y to x
 
 
 def test_obj_keeps_shape_and_names_its_textures(tmp_path: Path) -> None:
