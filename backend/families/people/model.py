@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
-from backend.families.base import Latents, Rig, seeded_normal
+from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
 from backend.families.people.config import BODY_DIM, PARTS, SHAPE_DIM, SMALL, TEX_DIM, Z_DIM
 from backend.families.people.networks import BodyDecoder, PartGenerator
 from backend.families.people.networks import Mapping as MappingNetwork
@@ -104,8 +104,15 @@ class PeopleModel:
                 codes[f"{part}/tex"] = mapped(f"{part}/tex", condition, Z_DIM)
         return Latents(self.name, codes)
 
-    def decode(self, latents: Latents) -> Sequence[PeopleField]:
-        """One field: the whole clothed person."""
+    def describe(self, latents: Latents) -> dict[str, AttributeValue]:
+        """Version 1 has no attributes; neither does `INFO` list any."""
+        return {}
+
+    def edit(self, latents: Latents, values: Mapping[str, AttributeValue]) -> Latents:
+        raise PopulaceError("invalid_request", "These weights have no attributes to set.", "Use a newer version.")
+
+    def decode(self, latents: Latents, separate: bool = False) -> Sequence[PeopleField]:
+        """One field: the whole clothed person, in version 1 with `separate` too."""
         sizes = {"body/shape": BODY_DIM} | {f"{p}/shape": SHAPE_DIM for p in PARTS}
         for name, code in latents.codes.items():
             part, _, kind = name.partition("/")
