@@ -26,6 +26,7 @@ import numpy as np
 from backend.protocol import PopulaceError
 
 REST = "rest"
+_BLENDER = {"chest": "spine_02", "neck": "neck_01", "upper_arm": "upperarm", "forearm": "lowerarm", "shin": "calf"}
 FLESH = 0.125  # between hip joint and seat, in lengths of the leg: the middle of twelve clothed people
 
 Array = np.ndarray[Any, Any]
@@ -74,8 +75,8 @@ def pose(name: str, rig: Skeleton) -> tuple[Array, Array]:
     """Rotations f32 [J, 4] (wxyz, first number not negative) and the roots' translation f32 [1, 3] in metres.
 
     The translation brings the soles, as far as the bones tell where they are, to the height they have in rest; `place`
-    knows the mesh and is exact. Bones that the pose does not name keep their rest rotation. Raises `invalid_request`
-    with the names that there are.
+    knows the mesh and is exact. Bones have the names of the game_engine rig or Blender's ("upper_arm.L"); others keep
+    their rest rotation. Raises `invalid_request` with the names that there are.
     """
     if name != REST and name not in _poses():
         raise PopulaceError("invalid_request", f"There is no pose called {name[:40]!r}.",
@@ -83,7 +84,7 @@ def pose(name: str, rig: Skeleton) -> tuple[Array, Array]:
     rotations = np.tile(np.array([1, 0, 0, 0], np.float64), (len(rig.names), 1))
     if name == REST:
         return rotations.astype(np.float32), np.zeros((1, 3), np.float32)
-    entry, row = _poses()[name], {bone: j for j, bone in enumerate(rig.names)}
+    entry, row = _poses()[name], {_usual(bone): j for j, bone in enumerate(rig.names)}
     for bone, rotation in entry["rotations"].items():
         if bone in row:
             rotations[row[bone]] = rotation
@@ -181,6 +182,12 @@ def to_quaternions(matrices: Any) -> Array:
 @functools.cache
 def _poses() -> dict[str, dict[str, Any]]:
     return json.loads(resources.files("backend").joinpath("poses.json").read_text(encoding="utf-8"))["poses"]
+
+
+def _usual(bone: str) -> str:
+    """A bone's name as the poses have it: "upper_arm.L" is "upperarm_l"."""
+    stem, dot, side = bone.rpartition(".")
+    return _BLENDER.get(stem, stem) + f"_{side.lower()}" if dot else _BLENDER.get(bone, bone)
 
 
 def _soles(rig: Skeleton) -> tuple[Array, Array] | None:

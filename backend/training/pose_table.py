@@ -48,7 +48,7 @@ TABLE: Final[dict[str, dict[str, Any]]] = {
         "upperarm_l": {"abduct": 14, "flex": -4}, "lowerarm_l": {"flex": 22},
         "upperarm_r": {"abduct": 10, "flex": 4}, "lowerarm_r": {"flex": 12}, "hand": {"flex": 6},
     },
-    "walking_1": {  # heel strike of the left foot
+    "walking": {  # heel strike of the left foot
         "pelvis": {"twist": -6, "flex": 3}, "spine_02": {"twist": 5}, "spine_03": {"twist": 6}, "head": {"twist": -4},
         "thigh_l": {"flex": 27}, "calf_l": {"flex": 6}, "foot_l": {"flex": 4, "twist": 5},
         "thigh_r": {"flex": -12}, "calf_r": {"flex": 18}, "foot_r": {"flex": 2, "twist": 5}, "ball_r": {"flex": 25},

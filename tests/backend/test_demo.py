@@ -28,6 +28,7 @@ bpy.ops.wm.open_mainfile(filepath=sys.argv[1])
 meshes = [o for o in bpy.data.objects if o.type == "MESH" and o.vertex_groups]
 json.dump({"people": len(meshes), "floor": [min((o.matrix_world @ v.co).z for v in o.data.vertices) for o in meshes],
            "x": [o.matrix_world.translation.x for o in meshes],
+           "posed": [sum(b.rotation_quaternion.angle > 0.01 for b in o.parent.pose.bones) for o in meshes],
            "packed": all(i.packed_file for i in bpy.data.images if i.source == "FILE")}, sys.stderr)
 """
 
@@ -65,7 +66,10 @@ def test_demo_makes_three_different_people_in_a_scene(tmp_path: Path) -> None:
     assert scene["packed"]
     assert scene["floor"] == pytest.approx([0, 0, 0], abs=1e-5)
     assert len(set(scene["x"])) == 3
-    if find_validator():
-        for glb in (out / "people").iterdir():
+    assert min(scene["posed"]) > 3
+    assert len({person["pose"] for person in report["people"]}) == 3
+    for glb in (out / "people").iterdir():
+        assert b'"rotation"' not in glb.read_bytes(), "files are in rest pose"
+        if find_validator():
             issues = validate(glb)["issues"]
             assert issues["numErrors"] == issues["numWarnings"] == 0, issues["messages"]
