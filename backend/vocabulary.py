@@ -52,7 +52,7 @@ HARD = set(",;.:!?/&+()") | {"and", "but", "then", "plus"}  # end what was said 
 SOFT = {"with", "in", "wearing", "wears", "has", "having", "who", "dressed", "without"}  # what follows is another thing
 STOP = {
     "a", "an", "the", "is", "are", "be", "am", "of", "to", "on", "at", "it", "its", "their", "they", "them", "this",
-    "that", "than", "as", "also", "for", "by", "from", "some", "pair", "wear", "looks", "looking", "made", "normal",
+    "that", "than", "as", "also", "for", "by", "from", "some", "any", "pair", "wear", "looks", "looking", "made", "normal",
     "average", "regular", "height", "age", "weight", "build", "tone", "body", "coloured", "colored",
 }  # fmt: skip
 SHADES = {"light", "dark", "pale", "bright", "deep", "pastel", "vivid", "fair", "medium"}
@@ -79,7 +79,7 @@ _EXTRA = {
     "charcoal": "#36393d", "denim": "#3b5578", "camel": "#b58b5a", "mint": "#a6dcc0", "rose": "#d98695",
     "lilac": "#b59bcb", "peach": "#f5c0a0", "emerald": "#1f8a5b", "terracotta": "#c0603f", "off white": "#f2efe6",
     "brown": "#6b4423", "rust": "#a5502b", "sand": "#d3bf96", "mauve": "#9c7a93", "petrol": "#1f5565",
-    "taupe": "#837566", "anthracite": "#33383d", "golden": "#d9a520", "violet": "#7a43b6",
+    "taupe": "#837566", "anthracite": "#33383d", "golden": "#d9a520",
     "cherry": "#a8142e", "ochre": "#c58a2c",
 }  # fmt: skip
 COLORS = {
