@@ -27,8 +27,10 @@ from backend.training.naming import attributes
 from backend.training.person import PARTS, Layer, Paint, SampledPerson, Tint, grounded, posed
 from backend.training.portrait import Portrait, render_person
 from backend.training.splits import seeds, split_of
+from backend.training.surface import Surface, signed_distance_samples, visible_surface
 
-__all__ = ["Layer", "Portrait", "SampledPerson", "Sampler", "render_person", "template"]
+__all__ = ["Layer", "Portrait", "SampledPerson", "Sampler", "Surface", "render_person", "signed_distance_samples",
+           "template", "visible_surface"]  # fmt: skip
 
 FILLER = 0.012  # metres that hidden skin is moved inwards: sleeves and hems do not look into a hollow
 GAP = {"top": 0.005, "bottom": 0.003, "hair": 0.003}  # metres in front of what is worn below
