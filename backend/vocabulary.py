@@ -52,8 +52,8 @@ HARD = set(",;.:!?/&+()") | {"and", "but", "then", "plus"}  # end what was said 
 SOFT = {"with", "in", "wearing", "wears", "has", "having", "who", "dressed", "without"}  # what follows is another thing
 STOP = {
     "a", "an", "the", "is", "are", "be", "am", "of", "to", "on", "at", "it", "its", "their", "they", "them", "this",
-    "that", "than", "as", "also", "for", "by", "from", "some", "any", "pair", "wear", "looks", "looking", "made", "normal",
-    "average", "regular", "height", "age", "weight", "build", "tone", "body", "coloured", "colored",
+    "that", "than", "as", "also", "for", "by", "from", "some", "any", "pair", "wear", "looks", "looking", "made",
+    "normal", "average", "regular", "height", "age", "weight", "build", "tone", "body", "coloured", "colored",
 }  # fmt: skip
 SHADES = {"light", "dark", "pale", "bright", "deep", "pastel", "vivid", "fair", "medium"}
 LENGTHS = {"long", "short"}

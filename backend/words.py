@@ -169,6 +169,7 @@ class _Reader:
 
     def noun(self, word: str) -> tuple[str, str] | None:
         """The part and the choice that a word names; "none" for "hatless"."""
+        stem = word.removesuffix("less")
         for part, words in v.PARTS.items():
             choices = {_norm(c): c for c in self.options(part)}
             for form in (word, _singular(word)):
@@ -176,8 +177,8 @@ class _Reader:
                     return part, words[form]
                 if _norm(form) in choices and _norm(form) not in v.LENGTHS:
                     return part, choices[_norm(form)]
-        if word.endswith("less") and (found := self.noun(word.removesuffix("less"))):
-            return found[0], "none"
+            if stem != word and (stem in words or _norm(stem) in choices):
+                return part, "none"
         return None
 
     def options(self, name: str) -> tuple[str, ...]:
@@ -313,7 +314,7 @@ def _singular(word: str) -> str:
     return word
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _norm(choice: str) -> str:
     """Names are compared without plural, hyphens and underscores."""
     return " ".join(_singular(word) for word in re.split(r"[\s_-]+", choice.lower().strip()))
