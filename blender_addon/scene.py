@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 SPACING_M: Final = 1.4  # between the people of a batch, who hold their arms away from the body
 ROUGHNESS: Final = 0.75  # of skin and cloth alike
 MIN_BONE_M: Final = 0.005  # Blender deletes bones without length
-WEIGHT_STEPS: Final = 8192  # skin weights are rounded to this, since vertices of one weight are written in one call; at
-# 1/8192 a posed vertex is off by less than 0.1 mm, at 1/512 it was 1 mm in half the time
+WEIGHT_STEPS: Final = 8192  # a power of two: weights are rounded to 1/8192 and written bit by bit, one call for each
+# bit of a bone. A posed vertex is off by less than 0.1 mm; with 1/512 it was 1 mm.
 BATCH_KEY: Final = "populace_batch"
 
 Array = np.ndarray[Any, Any]
@@ -243,16 +243,15 @@ def _bind(made: bpy.types.Object, part: Part, rig: Rig, armature: bpy.types.Obje
         return
     groups = [made.vertex_groups.new(name=name) for name in rig.names]
     bones, steps = rounded_weights(part.skin_indices, part.skin_weights)
-    key = (bones.astype(np.int64) * (WEIGHT_STEPS + 1) + steps).ravel()
-    vertex = np.repeat(np.arange(len(bones)), bones.shape[1])
-    used = steps.ravel() > 0
-    key, vertex = key[used], vertex[used]
-    order = np.argsort(key, kind="stable")
-    key, vertices = key[order], vertex[order].tolist()
-    starts = np.flatnonzero(np.diff(key, prepend=-1)).tolist()
-    for start, end, value in zip(starts, [*starts[1:], len(vertices)], key[starts].tolist()):
-        bone, step = divmod(value, WEIGHT_STEPS + 1)
-        groups[bone].add(vertices[start:end], step / WEIGHT_STEPS, "REPLACE")
+    order = np.argsort(bones.ravel(), kind="stable")
+    bone, step = bones.ravel()[order], steps.ravel()[order]
+    vertex = order // bones.shape[1]
+    edges = np.searchsorted(bone, np.arange(len(groups) + 1)).tolist()
+    for group, start, end in zip(groups, edges, edges[1:]):
+        own, at = step[start:end], vertex[start:end]
+        for bit in range(WEIGHT_STEPS.bit_length()):
+            if (has := at[(own >> bit) & 1 > 0]).size:
+                group.add(has.tolist(), 2**bit / WEIGHT_STEPS, "ADD")
 
 
 def rounded_weights(bones: Array, weights: Array) -> tuple[Array, Array]:
