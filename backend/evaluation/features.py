@@ -37,6 +37,7 @@ LEVELS = 4  # octaves
 ORIENTATIONS = 4
 RADIUS = 4  # of the filters, pixels
 DIMENSIONS = 96
+LIMIT = 5.0
 BATCH = 32
 
 Extractor = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B D"]]
@@ -107,15 +108,19 @@ class Scale:
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"], dimensions: int = DIMENSIONS) -> Scale:
         spread = features.std(0)
-        spread = np.maximum(spread, 0.05 * np.median(spread) + 1e-9)  # what hardly varies does not count for more
+        spread = np.maximum(spread, 0.3 * np.median(spread) + 1e-9)  # air that somebody's hat once fills is no news
         size = features.shape[1]
         random = np.random.default_rng(0).standard_normal((size, min(dimensions, size)))
         turn, triangle = np.linalg.qr(random)
         turn = turn * np.sign(np.diag(triangle)) * math.sqrt(size / turn.shape[1])
         return cls(features.mean(0), spread, turn)
 
+    def whole(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+        """In deviations from the mean person, LIMIT at most: one odd person shall not decide over five hundred."""
+        return ((features - self.mean) / self.spread).clip(-LIMIT, LIMIT)
+
     def __call__(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N K"]:
-        return ((features - self.mean) / self.spread) @ self.turn / math.sqrt(len(self.mean))
+        return self.whole(features) @ self.turn / math.sqrt(len(self.mean))
 
 
 def extractor(inception: Path | None = None) -> tuple[str, Extractor]:

@@ -7,21 +7,21 @@ Images are [B, C, H, W] in 0..1.
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+LOSSLESS = 100.0  # dB
 BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)  # / 16: the pyramids' low-pass (Burt and Adelson 1983)
 
 
 def psnr(a: Tensor, b: Tensor, mask: Bool[Tensor, "B H W"] | None = None) -> float:
-    """Peak signal to noise ratio in dB, peak 1; infinite for equal images. With `mask` only over its pixels."""
+    """Peak signal to noise ratio in dB, peak 1; LOSSLESS for equal images. With `mask` only over its pixels."""
     square = (a.double() - b.double()) ** 2
     mean = square.mean() if mask is None else square.mean(1)[mask].mean()
-    return math.inf if mean == 0 else float(-10 * torch.log10(mean))
+    return min(LOSSLESS, float(-10 * torch.log10(mean)))
 
 
 def ssim(a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w"]:
