@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeat", type=options.positive, default=5, help="runs, the median counts (default: 5)")
     bench.add_argument("--quick", action="store_true", help="only the stages of one person, without growth and ratios")
     options.add_quality(bench)
+
+    from backend.evaluation import command as evaluation
+
+    evaluate = command("eval", evaluation.run, "compare a family's people with sampled people that training never saw")
+    evaluation.add_options(evaluate)
     return parser
 
 

@@ -25,6 +25,7 @@ import torch
 
 from backend import __version__
 from backend.evaluation import features, images, lightfield, metrics, parts, shapes
+from backend.evaluation.command import NEED_KIT, SECTIONS
 from backend.evaluation.portraits import GRID, VIEWS, Portrait, cached, generated, stack
 from backend.evaluation.rebuild import Reality, rebuild
 from backend.evaluation.reconstruct import Steps
@@ -32,8 +33,8 @@ from backend.families.base import FamilyInfo, FamilyModel, Latents, Step, no_ste
 from backend.protocol import PopulaceError
 
 Array = np.ndarray[Any, Any]
-SECTIONS = ("renders", "shapes", "novelty", "health", "height", "swap", "labels", "attributes", "reconstruction")
 PORTRAITS = {"renders", "shapes", "novelty", "health"}  # sections that need many people
+BANK = 64  # samples that reconstructions start from, of seeds a million on
 SHARE = 0.6  # of the time box that goes to portraits
 HERE = Path(__file__).parent
 
@@ -78,16 +79,17 @@ class Sets:
 
 
 def run(
-    model: FamilyModel, info: FamilyInfo, reference: Reference, options: Options, step: Step = no_step
+    model: FamilyModel, info: FamilyInfo, reference: Reference | None, options: Options, step: Step = no_step
 ) -> dict[str, Any]:
-    """The report. Sections that the family cannot answer are None and say why in `notes`."""
+    """The report. Sections that the family cannot answer are None and say why in `notes`. Only sections of
+    `command.NEED_KIT` need a reference."""
     begin = time.monotonic()
     wanted = [s for s in SECTIONS if s in set(options.only)]
     if unknown := set(options.only) - set(SECTIONS):
         raise PopulaceError("invalid_request", f"There is no section {min(unknown)!r}.", f"Use: {', '.join(SECTIONS)}.")
-    seeds = {"generated": [options.seed + i for i in range(options.count)],
-             "test": list(reference.seeds("test", options.count)),
-             "train": list(reference.seeds("train", options.count))}  # fmt: skip
+    seeds = {"generated": [options.seed + i for i in range(options.count)]}
+    if reference is not None and NEED_KIT & set(wanted):
+        seeds |= {split: list(reference.seeds(split, options.count)) for split in ("test", "train")}
     report: dict[str, Any] = {
         "version": __version__, "family": model.name, "weights_sha256": model.weights_sha256,
         "truncation_psi": options.truncation_psi, "grid": options.grid, "asked": options.count, "notes": [],
@@ -115,11 +117,11 @@ def run(
         "swap": lambda: parts.swap_locality(model, _pairs(model, few, options), grid=options.grid),
         "labels": lambda: parts.label_iou(model, few[: options.few], options.grid),
         "attributes": lambda: parts.sliders(model, info.attributes, few[: options.few]),
-        "reconstruction": lambda: _reconstructions(model, reference, seeds["test"], options, left, step),
+        "reconstruction": lambda: reference and _reconstructions(model, reference, seeds["test"], options, left, step),
     }
     seconds = {"portraits": round(time.monotonic() - begin, 1)}
     for i, name in enumerate(wanted):
-        step(name, 0.6 + 0.4 * i / len(wanted))
+        step(name, 0.6 + 0.3 * i / len(wanted))
         start = time.monotonic()
         report[name] = None
         if why := _impossible(name, model, info, sets, left()):
@@ -147,7 +149,12 @@ def _impossible(name: str, model: FamilyModel, info: FamilyInfo, sets: Sets, lef
 
 
 def _portraits(
-    model: FamilyModel, reference: Reference, options: Options, seeds: dict[str, list[int]], begin: float, step: Step
+    model: FamilyModel,
+    reference: Reference | None,
+    options: Options,
+    seeds: dict[str, list[int]],
+    begin: float,
+    step: Step,
 ) -> Sets:
     folders: dict[str, Path | None] = dict.fromkeys(seeds)
     if options.cache:
@@ -160,7 +167,7 @@ def _portraits(
             folders[split] = options.cache / f"reference-{_digest(own + sorted((root / 'training').glob('*.py')))}"
 
     def make(name: str, seed: int) -> Portrait:
-        if name != "generated":
+        if name != "generated" and reference is not None:
             return reference.portrait(seed)
         return generated(model, model.sample(seed, options.truncation_psi, {}), options.grid)
 
@@ -168,7 +175,7 @@ def _portraits(
     for i in range(options.count):
         if i >= 5 and time.monotonic() - begin > SHARE * 60 * options.minutes:
             break
-        step(f"person {i + 1} of {options.count}", 0.6 * i / options.count)
+        step("people", 0.6 * i / options.count)
         for name in seeds:
             seed, folder = seeds[name][i], folders[name]
             path = folder / f"{seed:08d}.npz" if folder else None
@@ -268,7 +275,7 @@ def health_figures(people: Sequence[Portrait]) -> dict[str, float]:
     return {
         "closed": float(np.mean([f["closed"] for f in facts])),
         "one_component": float(np.mean([f["components"] == 1 for f in facts])),
-        "genus_median": float(np.median([f["genus"] for f in facts])),
+        "genus_median": float(np.median([f["genus"] for f in facts if f["closed"]] or [-1])),
         "no_self_intersections": float(np.mean([c == 0 for c in crossing])),
         "self_intersections_median": float(np.median(crossing)),
         "faces_median": float(np.median([f["faces"] for f in facts])),
@@ -292,12 +299,12 @@ def _reconstructions(
     step: Step,
 ) -> dict[str, Any] | None:
     """Means over people, and each person's figures."""
-    bank = [model.sample(1_000_000 + i, 1.0, {}) for i in range(64)]
+    bank = [model.sample(1_000_000 + i, 1.0, {}) for i in range(BANK)]
     rows = []
     for i, seed in enumerate(seeds[: options.reconstructions]):
         if rows and not left():
             break
-        step(f"reconstruction {i + 1}", 0.95)
+        step("reconstruction", 0.9 + 0.1 * i / options.reconstructions)
         rows.append({"seed": seed, **rebuild(model, reference.reality(seed), bank, options.steps, options.grid)})
     numbers = [k for k, v in rows[0].items() if isinstance(v, float)] if rows else []
     means = {k: float(np.mean([row[k] for row in rows])) for k in numbers}

@@ -26,7 +26,7 @@ from backend.families.base import FamilyModel, HumanField, Latents
 
 log = logging.getLogger(__name__)
 
-BANK = 64  # samples that parts start from
+
 POINTS = 4096  # per step
 SHELL = 0.008  # metres in front of and behind the surface
 SOLVE = 4  # iterations of the pull-back: offsets are smooth, each one divides the error by several
