@@ -9,7 +9,7 @@ A bone without "_l" or "_r" stands for both sides (the right one mirrored), with
     foot, ball                  flex: toes up    twist: toes outward            level: flat on the floor
     clavicle                    flex: ahead      abduct: raised
     hand                        flex: to the palm's side    abduct: ahead (thumb's side)    twist: inward
-    fingers (thumb, index, ...) flex: curl       abduct: spread
+    fingers (thumb, index, ...) flex: curl       abduct: towards the little finger
     pelvis, spine, neck, head   flex: bow        abduct: lean to the left       twist: turn to the left
 """
 
@@ -25,12 +25,12 @@ BVH: Final = {
 # The files' people are barefoot and cross their legs: degrees by which each leg is moved outward, for room for shoes.
 SPREAD: Final = {"standing_1": 4.0, "standing_3": 3.0}
 
-# A hand at ease: fingers curl more towards the little one and towards the tips.
+# A hand at ease: fingers lie closer than the rest pose spreads them, and curl more towards the little one.
 HAND: Final[dict[str, dict[str, float]]] = {
-    "index_01": {"flex": 12}, "index_02": {"flex": 18}, "index_03": {"flex": 10},
+    "index_01": {"flex": 12, "abduct": 9}, "index_02": {"flex": 18}, "index_03": {"flex": 10},
     "middle_01": {"flex": 16}, "middle_02": {"flex": 22}, "middle_03": {"flex": 12},
-    "ring_01": {"flex": 20}, "ring_02": {"flex": 25}, "ring_03": {"flex": 14},
-    "pinky_01": {"flex": 24}, "pinky_02": {"flex": 27}, "pinky_03": {"flex": 15},
+    "ring_01": {"flex": 20, "abduct": -5}, "ring_02": {"flex": 25}, "ring_03": {"flex": 14},
+    "pinky_01": {"flex": 24, "abduct": -9}, "pinky_02": {"flex": 27}, "pinky_03": {"flex": 15},
     "thumb_01": {"flex": 4}, "thumb_02": {"flex": 8}, "thumb_03": {"flex": 10},
 }  # fmt: skip
 
