@@ -139,7 +139,7 @@ class _Reader:
         elif word in ("more", "less"):
             self.degree, self.relative = self.degree if word == "more" else -self.degree, True
         elif word in v.DEGREES:
-            self.degree *= v.DEGREES[word]
+            self.degree = min(max(self.degree * v.DEGREES[word], -3.0), 3.0)
         elif (rgb := color(word)) is not None:
             if not (word in v.HUES and self.waiting and self.waiting[-1].kind == "color"
                     and self.waiting[-1].word not in v.HUES):  # "navy blue" is navy  # fmt: skip

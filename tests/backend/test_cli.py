@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,72 @@ def test_generate_writes_glbs_and_says_so_in_json(tmp_path: Path, capsys: pytest
     assert again["packet_sha256"] == lines[1]["packet_sha256"]
 
 
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    assert cli.main([*arguments, "--json", *SMALL]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_words_and_attributes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = said(["generate", "--out", str(tmp_path), "--prompt", "1.9 m, red top, with a beard", "--set",
+                    "bottom_color=teal", "--set", "weight=0.25", "--set", "pattern=plain"], capsys)  # fmt: skip
+    assert line["height_m"] == pytest.approx(1.9, abs=0.01)
+    assert line["attributes"]["weight"] == pytest.approx(0.25, abs=1e-5)
+    assert line["attributes"]["top_color"] == pytest.approx([1, 0, 0], abs=1e-3)
+    assert line["attributes"]["bottom_color"] == pytest.approx([0, 128 / 255, 128 / 255], abs=1e-3)
+    assert line["attributes"]["pattern"] == "plain"
+    assert line["words_ignored"] == ["beard"]
+    assert cli.main(["generate", "--out", str(tmp_path), "--prompt", "beard", *SMALL]) == 0
+    assert "not understood: beard" in capsys.readouterr().err
+
+
+def test_edits_are_applied_in_the_order_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path)]
+    (eight,) = said(["generate", "--seed", "8", *out], capsys)
+    for edits in (["--set", "weight=1", "--mix", "8:1"], ["--vary", "8:1"], ["--part", "body=8"]):
+        (line,) = said(["generate", "--seed", "7", *edits, *out], capsys)
+        assert line["attributes"] == eight["attributes"], edits
+    (line,) = said(["generate", "--seed", "7", "--mix", "8:1", "--set", "weight=1", *out], capsys)
+    assert line["attributes"]["weight"] == pytest.approx(1, abs=1e-5)
+    (seven, looks) = (said(["generate", "--seed", "7", *more, *out], capsys)[0] for more in ([], ["--retexture", "8"]))
+    assert looks["height_m"] == seven["height_m"]
+    assert looks["attributes"]["top_color"] == eight["attributes"]["top_color"]
+
+
+def test_levels_of_detail_and_pose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = said(["generate", "--out", str(tmp_path), "--lods", "2", "--pose", "sitting", "--separate"], capsys)
+    assert [part["lod"] for part in line["parts"]] == [0, 1]
+    assert sorted(path.name for path in tmp_path.glob("*.glb")) == ["person_000000.glb", "person_000000_LOD1.glb"]
+    assert [Path(path).name for path in line["paths"]] == ["person_000000.glb", "person_000000_LOD1.glb"]
+
+
+def test_whole_requests_and_what_overrules_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = {"seed": 7, "truncation_psi": 0.5, "edits": [{"op": "set", "values": {"weight": 0.75}}]}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    ask = ["generate", "--request", str(tmp_path / "request.json"), "--out", str(tmp_path)]
+    (line,) = said(ask, capsys)
+    assert line["seed"] == 7
+    assert line["attributes"]["weight"] == pytest.approx(0.75, abs=1e-5)
+    (other,) = said([*ask, "--seed", "9", "--set", "weight=0.5"], capsys)
+    assert other["seed"] == 9
+    assert other["attributes"]["weight"] == pytest.approx(0.5, abs=1e-5)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps(request).encode())))
+    (again,) = said(["generate", "--request", "-", "--out", str(tmp_path)], capsys)
+    assert again["packet_sha256"] == line["packet_sha256"]
+
+
+def test_interpolation_ends_at_both_people_in_equal_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(["interpolate", "--from", "7", "--to", "8", "--steps", "3", "--out", str(tmp_path)], capsys)
+    ends = [said(["generate", "--seed", seed, "--out", str(tmp_path)], capsys)[0] for seed in ("7", "8")]
+    assert [lines[0]["attributes"], lines[2]["attributes"]] == [end["attributes"] for end in ends]
+    assert [Path(line["path"]).name for line in lines] == [f"person_000007_to_000008_0{i}.glb" for i in range(3)]
+    looks = said(["interpolate", "--from", "7", "--to", "8", "--steps", "2", "--kinds", "tex", "--out", str(tmp_path)],
+                 capsys)  # fmt: skip
+    assert looks[1]["height_m"] == ends[0]["height_m"]
+    assert looks[1]["attributes"]["top_color"] == ends[1]["attributes"]["top_color"]
+
+
 def test_generate_obj_and_family_parameter(tmp_path: Path) -> None:
     command = ["generate", "--out", str(tmp_path), "--format", "obj", "--set", "single=true", *SMALL]
     assert cli.main(command) == 0
@@ -54,6 +122,14 @@ def test_generate_obj_and_family_parameter(tmp_path: Path) -> None:
         (["--family", "unicorn"], 2, "no model family 'unicorn'"),
         (["--grid-resolution", "9999"], 2, "--grid-resolution"),
         (["--set", "nose=1"], 2, "no parameter 'nose'"),
+        (["--set", "height_m=3"], 2, "1.5..1.95 m"),
+        (["--set", "top_color=nice"], 2, "no colour"),
+        (["--mix", "3:2"], 2, "edits.0.mix.amount"),
+        (["--part", "nose=3"], 2, "no part 'nose'"),
+        (["--remove", "body"], 2, "cannot be taken off"),
+        (["--pose", "flying"], 2, "no pose called 'flying'"),
+        (["--request", "nowhere.json"], 2, "--request nowhere.json"),
+        (["--request", __file__], 2, "not JSON"),
         (["--truncation-psi", "nan"], 2, "--truncation-psi"),
     ],
 )
@@ -110,13 +186,27 @@ def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
         cli.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for word in ("demo", "generate", "serve", "doctor", "addon", "weights", "bench", "exit codes", "POPULACE_HOME"):
+    for word in (
+        "demo",
+        "generate",
+        "interpolate",
+        "serve",
+        "doctor",
+        "addon",
+        "weights",
+        "bench",
+        "exit codes",
+        "POPULACE_HOME",
+    ):
         assert word in text
     assert all(f"\n  {code}  " in text for code in (0, 1, *cli.EXIT_CODES.values(), 130))
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--seed", "-1"], ["generate", "--count", "0"],
-                                       ["serve", "--port", "70000"], ["generate", "--set", "x"]])  # fmt: skip
+                                       ["serve", "--port", "70000"], ["generate", "--set", "x"],
+                                       ["generate", "--mix", "3"], ["generate", "--lods", "9"],
+                                       ["interpolate", "--from", "1"],
+                                       ["interpolate", "--from", "1", "--to", "2", "--kinds", "x"]])  # fmt: skip
 def test_wrong_command_lines_are_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -66,8 +66,8 @@ def test_packet_is_complete_and_reads_back(person: packet.HumanAsset) -> None:
     assert read.rig is not None
     assert part.skin_weights is not None
     assert np.allclose(part.skin_weights.sum(1), 1, atol=1e-5)
-    assert read.meta["recipe"] == {**REQUEST.model_dump(mode="json", exclude={"latents", "prompt", "edits"}), "weights_sha256": None,
-                                   "version": read.meta["recipe"]["version"]}  # fmt: skip
+    asked = REQUEST.model_dump(mode="json", exclude={"latents", "prompt", "edits"})
+    assert read.meta["recipe"] == {**asked, "weights_sha256": None, "version": read.meta["recipe"]["version"]}
 
 
 def test_progress_never_falls_and_names_every_stage() -> None:
@@ -158,6 +158,99 @@ def test_two_parts_share_the_budget_and_the_floor() -> None:
     assert sum(len(part.faces) for part in asset.parts) == pytest.approx(3000, rel=0.02)
     assert min(part.vertices[:, 1].min() for part in asset.parts) == 0
     assert packet.loads(packet.dumps(asset)).meta == asset.meta
+
+
+@pytest.fixture(scope="module")
+def detailed() -> packet.HumanAsset:
+    return pipeline.generate(changed(faces=4000, lods=4, texture_size=1024), MODEL)[0]
+
+
+def test_levels_of_detail_quarter_the_faces_and_halve_the_textures(detailed: packet.HumanAsset) -> None:
+    facts = detailed.meta["parts"]
+    assert [fact["name"] for fact in facts] == ["human", "human_LOD1", "human_LOD2", "human_LOD3"]
+    assert [fact["lod"] for fact in facts] == [0, 1, 2, 3]
+    assert all(fact["closed"] and fact["components"] == 1 for fact in facts)
+    assert [fact["faces"] for fact in facts] == [pytest.approx(n, abs=2) for n in (4000, 1000, 250, pipeline.MIN_FACES)]
+    sizes = [Image.open(io.BytesIO(part.base_color_png)).size for part in detailed.parts]
+    assert sizes == [(n, n) for n in (1024, 512, 256, 256)]
+    assert detailed.meta["stats"]["faces"] == facts[0]["faces"]
+    assert packet.loads(packet.dumps(detailed)).meta == detailed.meta
+
+
+def test_levels_of_detail_are_the_same_person_on_one_skeleton(detailed: packet.HumanAsset) -> None:
+    """The full level does not depend on the others, and every level lies on the analytic surface with its skin."""
+    alone, _ = pipeline.generate(changed(faces=4000, texture_size=1024), MODEL)
+    assert np.array_equal(alone.parts[0].vertices, detailed.parts[0].vertices)
+    assert alone.parts[0].base_color_png == detailed.parts[0].base_color_png
+    (field,) = MODEL.decode(MODEL.sample(5, 0.7, {}))
+    full = {tuple(v): (i, w) for v, i, w in zip(detailed.parts[0].vertices.tolist(),
+            detailed.parts[0].skin_indices.tolist(), detailed.parts[0].skin_weights.tolist())}  # fmt: skip
+    for part in detailed.parts[1:]:
+        on_surface = field.sdf(torch.from_numpy(part.vertices))
+        assert on_surface.abs().max() < 0.006  # metres: a cell is 27 mm
+        skin = zip(part.skin_indices.tolist(), part.skin_weights.tolist())
+        assert [full[tuple(v)] for v in part.vertices.tolist()] == list(skin)  # its vertices are some of the full ones
+
+
+def test_separate_objects_are_asked_for() -> None:
+    class Apart(type(MODEL)):
+        def decode(self, latents: Any, separate: bool = False) -> list[Any]:
+            small = load(self.device)
+            extra = small.decode(small.sample(1, 0.5, {"single": True}))
+            extra[0].name = "hat"
+            return [*super().decode(latents), *extra[: int(separate)]]
+
+    model = Apart(torch.device("cpu"))
+    assert len(pipeline.generate(REQUEST, model)[0].parts) == 1
+    asset, _ = pipeline.generate(changed(separate=True, lods=2), model)
+    assert [fact["name"] for fact in asset.meta["parts"]] == ["human", "hat", "human_LOD1", "hat_LOD1"]
+    for lod, faces in ((0, 3000), (1, 750)):
+        found = [fact["faces"] for fact in asset.meta["parts"] if fact["lod"] == lod]
+        assert sum(found) == pytest.approx(faces, rel=0.02)
+
+
+def test_same_request_same_bytes_with_everything_asked_for() -> None:
+    request = pipeline.GenerateRequest.model_validate({
+        **REQUEST.model_dump(), "prompt": "tall, red top, with a beard", "lods": 2, "pose": "sitting", "edits": [
+            {"op": "vary", "seed": 3, "amount": 0.5}, {"op": "words", "text": "glasses"},
+            {"op": "set", "values": {"height_m": 1.85}}]})  # fmt: skip
+    first, again = (pipeline.generate(request, MODEL)[0] for _ in range(2))
+    assert sha256(first) == sha256(again)
+    assert first.meta["words_ignored"] == ["beard", "glasses"]
+    assert first.meta["attributes"]["height_m"] == pytest.approx(1.85, abs=0.006)  # measured on the mesh
+    assert first.meta["asked"]["prompt"] == request.prompt
+    assert [edit["op"] for edit in first.meta["asked"]["edits"]] == ["vary", "words", "set"]
+    assert first.rig.rotations is None or first.rig.rotations.shape == (len(first.meta["bones"]), 4)
+    latents = {name: codes.tolist() for name, codes in first.latents.items()}
+    recipe = {k: v for k, v in first.meta["recipe"].items() if k not in ("version", "weights_sha256")}
+    copy, _ = pipeline.generate(pipeline.GenerateRequest.model_validate({**recipe, "latents": latents}), MODEL)
+    for mine, theirs in zip(first.parts, copy.parts, strict=True):
+        assert np.array_equal(mine.vertices, theirs.vertices)
+        assert mine.base_color_png == theirs.base_color_png
+
+
+def test_new_looks_leave_geometry_and_uvs_alone(person: packet.HumanAsset) -> None:
+    request = pipeline.GenerateRequest.model_validate(
+        {**REQUEST.model_dump(), "edits": [{"op": "reroll", "seed": 77, "kinds": ["tex"]}]})  # fmt: skip
+    (mine,), (theirs,) = person.parts, pipeline.generate(request, MODEL)[0].parts
+    for name in ("vertices", "faces", "normals", "uvs", "face_uvs_idx", "skin_indices", "skin_weights"):
+        assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    assert mine.normal_png == theirs.normal_png
+    assert mine.base_color_png != theirs.base_color_png
+
+
+def test_attributes_are_told_and_the_height_is_measured(person: packet.HumanAsset) -> None:
+    said = MODEL.describe(MODEL.sample(5, 0.7, {}))
+    assert {k: v for k, v in person.meta["attributes"].items() if k != "height_m"} == {
+        k: v for k, v in said.items() if k != "height_m"}  # fmt: skip
+    assert person.meta["attributes"]["height_m"] == pytest.approx(said["height_m"], abs=0.006)
+    assert "words_ignored" not in person.meta
+    assert "asked" not in person.meta
+
+
+def test_a_pose_wants_a_skeleton() -> None:
+    with pytest.raises(PopulaceError, match="no skeleton"):
+        pipeline.generate(changed(pose="sitting", parameters={"single": True}), MODEL)
 
 
 def test_mesh_facts_see_holes_and_shells() -> None:

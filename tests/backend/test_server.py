@@ -101,10 +101,42 @@ def test_glb(backend: Backend, person: tuple[str, bytes]) -> None:
 
 
 def test_f16_latents_of_another_family(backend: Backend) -> None:
-    for latents in ({"nobody/shape": [[0.0]]}, {"body/shape": [[0.0]]}, {"body/shape": [[1e300]]}):
-        failed = backend.wait(backend.submit(5, latents=latents, **SMALL))
-        assert (failed["state"], failed["error"]["code"]) == ("failed", "invalid_latents")
+    for latents in ({"nobody/shape": [[0.0]]}, {"body/shape": [[0.0]]}, {"body/shape": [[1e300] * 8]}):
+        request = {"family": "capsule", "seed": 5, "latents": latents, **SMALL}
+        assert backend.error("POST", "/v1/jobs", {"id": new_id(), "request": request}) == (422, "invalid_latents")
+    half = {"single/shape": [[0.0, 0.0]]}  # only the model can tell that more is missing
+    failed = backend.wait(backend.submit(5, latents=half, **SMALL))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "invalid_latents")
     assert backend.wait(backend.submit(6, **TINY))["state"] == "done"
+
+
+def test_edits_words_pose_and_levels_of_detail(backend: Backend) -> None:
+    edits = [{"op": "mix", "other": {"seed": 6}, "amount": 0.5}, {"op": "set", "values": {"weight": 0.75}}]
+    job_id = backend.submit(5, edits=edits, prompt="1.8 m, beard", pose="sitting", lods=2, separate=True, **SMALL)
+    assert backend.wait(job_id)["state"] == "done"
+    asset = packet.loads(backend.result(job_id))
+    assert asset.meta["attributes"]["weight"] == pytest.approx(0.75, abs=1e-5)
+    assert asset.meta["words_ignored"] == ["beard"]
+    for lod in range(2):
+        status, _, data = backend.call("GET", f"/v1/jobs/{job_id}/result?format=glb&lod={lod}")
+        assert (status, data) == (200, packet.to_glb(asset, lod))
+    assert backend.error("GET", f"/v1/jobs/{job_id}/result?format=glb&lod=2") == (422, "invalid_request")
+    for wrong in ({"edits": [{"op": "fly"}]}, {"edits": [{"op": "remove", "parts": ["nose"]}]}, {"lods": 0},
+                  {"edits": [{"op": "set", "values": {"height_m": 9}}]}, {"edits": edits * 33},
+                  {"pose": "flying"}):  # fmt: skip
+        body = {"id": new_id(), "request": {"family": "capsule", **wrong}}
+        assert backend.error("POST", "/v1/jobs", body) == (422, "invalid_request")
+
+
+def test_families_publish_what_can_be_asked_for(backend: Backend) -> None:
+    found = {family["name"]: family for family in backend.get("/v1/families")}
+    capsule = found["capsule"]
+    assert capsule["parts"] == ["body", "single"]
+    assert capsule["codes"]["body/shape"] == {"size": 8, "normal": True}
+    height = next(a for a in capsule["attributes"] if a["name"] == "height_m")
+    assert (height["kind"], height["low"], height["high"], height["unit"]) == ("number", 1.5, 1.95, "m")
+    assert found["people"]["parts"] == ["body", "shoes", "bottom", "top", "hair", "accessory"]
+    assert {"rest", "sitting"} <= set(capsule["poses"])
 
 
 def test_cancel_between_steps(backend: Backend) -> None:
