@@ -33,7 +33,7 @@ from torch.nn import functional
 from .camera import Camera
 
 GUIDED_SAMPLES = 11
-SUBSTEPS = 8  # of a stretch between two samples; distances are interpolated there, not asked for
+SUBSTEPS = {16: 8, 64: 3}  # of a stretch, up to so many samples: distances are interpolated there, not asked for
 FAINT = 1 / 512  # a share of a pixel's colour below which a part is not asked for its colour
 AWAY = 1.0  # metres: the distance of a part that is not asked
 
@@ -171,16 +171,22 @@ def march(t: Float[Tensor, "N S"], s: Float[Tensor, "N S K"], beta: float) -> Fl
 
 
 def render_uniform(
-    scene: Scene, rays: Rays, samples: int, beta: float, normals: bool = False, chunk: int = 1 << 18
+    scene: Scene,
+    rays: Rays,
+    samples: int,
+    beta: float,
+    normals: bool = False,
+    colors: bool = True,
+    chunk: int = 1 << 18,
 ) -> Rendered:
-    """Every part at `samples` evenly spaced points of every ray that meets the box."""
+    """Every part at `samples` evenly spaced points of every ray that meets the box; without `colors` rgb is 0."""
     fraction = torch.linspace(0, 1, samples, dtype=rays.near.dtype, device=rays.near.device)
     index = rays.hit.nonzero().squeeze(1)
     pieces = []
     for part in index.split(max(1, chunk // samples)):
         some = rays.of(part)
         t = some.near[:, None] + (some.far - some.near)[:, None] * fraction
-        pieces.append(_render(scene, some, t, None, beta, 0.0, normals))
+        pieces.append(_render(scene, some, t, None, beta, 0.0, normals, colors))
     return _spread(pieces, index, len(rays.near), scene, rays, normals)
 
 
@@ -256,7 +262,14 @@ def guide_from(
 
 
 def _render(
-    scene: Scene, rays: Rays, t: Tensor, asked: Tensor | None, beta: float, reach: float, normals: bool
+    scene: Scene,
+    rays: Rays,
+    t: Tensor,
+    asked: Tensor | None,
+    beta: float,
+    reach: float,
+    normals: bool,
+    colors: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int]:
     n, samples = t.shape
     parts = len(scene.parts)
@@ -266,7 +279,7 @@ def _render(
     if reach:
         t, s = extrapolate(t, s, reach)
     stretches = t.shape[1] - 1
-    steps = SUBSTEPS if samples <= 64 else 1
+    steps = next((n for most, n in SUBSTEPS.items() if samples <= most), 1)
     fine_t, fine_s = subdivide(t, s, steps)
     weights = march(fine_t, fine_s, beta)
     middle = (fine_t[:, 1:] + fine_t[:, :-1]) / 2
@@ -278,7 +291,7 @@ def _render(
     share = stretch.sum(2)
     where = (stretch * middle.reshape(n, stretches, steps, 1)).sum(2) / share.clamp(min=1e-12)
     rgb = t.new_zeros(n, 3)
-    for k in range(parts):
+    for k in range(parts if colors else 0):
         found = share[:, :, k]
         kept = (found > torch.clamp(0.1 * found.amax(1, keepdim=True), min=1e-6)) & (label[:, k : k + 1] > FAINT)
         found = found * (label[:, k] / (found * kept).sum(1).clamp(min=1e-12))[:, None]  # the rest has their colour
