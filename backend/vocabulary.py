@@ -71,7 +71,7 @@ PARTS = {
                      "skirt: skirt; overall: overall, dungaree; legging: legging"),
     "shoes": _table(": shoe, footwear; sneaker: sneaker, trainer; boot: boot; sandal: sandal; heel: heel;"
                     "loafer: loafer; none: barefoot, barefooted"),
-    "accessory": _table("hat: hat, headgear; cap: cap; none: bareheaded"),
+    "accessory": _table(": accessory; hat: hat, headgear; cap: cap; none: bareheaded"),
 }  # fmt: skip
 
 _EXTRA = {

@@ -144,6 +144,11 @@ class _Reader:
             if not (word in v.HUES and self.waiting and self.waiting[-1].kind == "color"
                     and self.waiting[-1].word not in v.HUES):  # "navy blue" is navy  # fmt: skip
                 self.waiting.append(_Waiting("color", word, at, rgb))
+        elif self.named_color(word):
+            *shades, last = word.split()
+            rgb = color(last)
+            shaded = None if rgb is None else _rgb(_shaded(rgb, shades, False))
+            self.waiting.append(_Waiting("color", word, at, shaded))
         elif word in v.HAIR_ONLY:
             self.waiting.append(_Waiting("color", word, at, v.HAIR_ONLY[word]))
             self.paint("hair")
@@ -166,6 +171,11 @@ class _Reader:
         else:
             return word in v.STOP
         return True
+
+    def named_color(self, word: str) -> bool:
+        """A colour that is a choice, such as the eyes' "deep blue"."""
+        return any(_compact(word) == _compact(choice) for name in self.known if name.endswith("_color")
+                   for choice in self.options(name))  # fmt: skip
 
     def noun(self, word: str) -> tuple[str, str] | None:
         """The part and the choice that a word names; "none" for "hatless"."""
@@ -221,11 +231,11 @@ class _Reader:
         if attribute is None:
             pass
         elif attribute.kind == "choice":
-            names = {_norm(c): c for c in attribute.choices}
-            value = next((names[_norm(w.word)] for w in reversed(waiting) if _norm(w.word) in names), None)
+            names = {_compact(c): c for c in attribute.choices}
+            value = next((names[_compact(w.word)] for w in reversed(waiting) if _compact(w.word) in names), None)
         elif colors:
-            natural = v.HAIR_COLORS.get(colors[-1].word) if part == "hair" else None
-            value = _shaded(natural or colors[-1].rgb or (0, 0, 0), [w.word for w in shades], part == "hair")
+            rgb = (v.HAIR_COLORS.get(colors[-1].word) if part == "hair" else None) or colors[-1].rgb
+            value = None if rgb is None else _shaded(rgb, [w.word for w in shades], part == "hair")
         elif shades:
             rgb = (v.HAIR_COLORS if part == "hair" else v.PLAIN_SHADES).get(shades[-1].word)
             value = None if rgb is None else list(rgb)
@@ -282,7 +292,17 @@ class _Reader:
             start = float(before) if from_now else self.neutral(attribute)  # type: ignore[arg-type]
             value = start + (0.5 * by if from_now else by)
             self.values[name] = round(min(max(value, attribute.low), attribute.high), 4)
+        self.dress()
         return Understood(self.values, list(dict.fromkeys(word for _, word in sorted(self.missed))))
+
+    def dress(self) -> None:
+        """A colour needs a thing to be on: who has grey hair has hair; who is bald has no colour of it."""
+        for part in v.PARTS:
+            if f"{part}_color" in self.values and self.options(part):
+                if self.values.get(part) == "none":
+                    del self.values[f"{part}_color"]
+                elif part not in self.values and self.current.get(part) == "none":
+                    self.values[part] = next((c for c in self.options(part) if c != "none"), "none")
 
     def neutral(self, attribute: Attribute) -> float:
         if attribute.name == "height_m":
@@ -320,6 +340,15 @@ def _norm(choice: str) -> str:
     return " ".join(_singular(word) for word in re.split(r"[\s_-]+", choice.lower().strip()))
 
 
+def _compact(choice: str) -> str:
+    """Names of colours are compared without blanks, too: light blue, lightblue."""
+    return _norm(choice).replace(" ", "").replace("gray", "grey")
+
+
+def _rgb(values: Sequence[float]) -> Color:
+    return values[0], values[1], values[2]
+
+
 def _positive(word: str, known: Mapping[str, object] | set[str]) -> str:
     """The plain form among `known` of an adjective: "heavier", "thinnest", "paler"; empty if there is none."""
     forms = [word]
@@ -331,7 +360,7 @@ def _positive(word: str, known: Mapping[str, object] | set[str]) -> str:
 def color(word: str) -> Color | None:
     """sRGB in 0..1 of #rrggbb or a colour's name, None if it is neither."""
     if re.fullmatch("#[0-9a-f]{6}", word):
-        return tuple(int(word[i : i + 2], 16) / 255 for i in (1, 3, 5))  # type: ignore[return-value]
+        return _rgb([int(word[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     if word.endswith((" grey", " gray")):  # CSS's dark grey is lighter than its grey
         return None
     return v.COLORS.get(word) or v.COLORS.get(word.replace(" ", ""))
@@ -341,11 +370,11 @@ def _shaded(rgb: Color, shades: Sequence[str], hair: bool) -> list[float]:
     """Lighter is a tint; of hair it is the same hue with more light."""
     for shade in shades:
         if shade in ("dark", "deep"):
-            rgb = tuple(0.55 * c for c in rgb)  # type: ignore[assignment]
+            rgb = _rgb([0.55 * c for c in rgb])
         elif shade in ("bright", "vivid"):
             hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
             rgb = colorsys.hsv_to_rgb(hue, min(1.0, 1.25 * saturation), max(value, 0.9))
         elif shade in ("light", "fair", "pale", "pastel"):
             white = 0.4 if shade in ("light", "fair") else 0.6
-            rgb = tuple(min(1.0, 1.6 * c) if hair else c + white * (1 - c) for c in rgb)  # type: ignore[assignment]
+            rgb = _rgb([min(1.0, 1.6 * c) if hair else c + white * (1 - c) for c in rgb])
     return [round(c, 4) for c in rgb]

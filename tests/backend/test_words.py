@@ -159,6 +159,23 @@ def test_what_is_not_available_is_reported_with_its_colour() -> None:
     assert understand("red dress", with_dress).values == {"bottom": "dress", "bottom_color": RED}
 
 
+def test_a_colour_needs_a_thing_to_be_on() -> None:
+    """Who is told to have grey hair and has none gets hair; a bald person has no colour of it."""
+    assert heard("grey hair", hair="none") == {"hair": "short", "hair_color": GREY_HAIR}
+    assert heard("blonde", hair="bob") == {"hair_color": list(vocabulary.HAIR_ONLY["blonde"])}
+    assert heard("grey hair, bald") == {"hair": "none"}
+
+
+def test_colours_by_the_names_of_a_family() -> None:
+    eyes = choice("eye_color", "bluegreen", "deepblue", "ice", "lightblue", "grey")
+    for text, value in (("blue-green eyes", "bluegreen"), ("deep blue eyes", "deepblue"), ("ice eyes", "ice"),
+                        ("light blue eyes", "lightblue"), ("gray-eyed", "grey")):  # fmt: skip
+        assert understand(text, [eyes]).values == {"eye_color": value}
+    blue = understand("deep blue shirt", (*PEOPLE, eyes)).values["top_color"]
+    assert blue == [0, 0, pytest.approx(0.55)]
+    assert understand("ice shirt", (*PEOPLE, eyes)).ignored == ["ice"]
+
+
 def test_only_attributes_of_the_family_count() -> None:
     said = understand("tall old woman in a red shirt, plain, grey hair", capsule.INFO.attributes)
     assert said.values == {"height_m": pytest.approx(1.81), "top_color": RED, "pattern": "plain"}
