@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numba
 import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -51,7 +52,8 @@ class Wearable:
             with Image.open(self.shading) as image:
                 size = (texels.shape[1], texels.shape[0])
                 ao = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR), np.float32) / 255
-            texels[..., :3] = np.rint(texels[..., :3] * ao**0.7)
+            # black in it is where the outfit's other pieces were: they may not be worn now
+            texels[..., :3] = np.rint(texels[..., :3] * np.maximum(ao, 0.6) ** 0.7)
         return texels
 
     @cached_property
@@ -268,6 +270,37 @@ def push_out(
     move *= np.clip((reach - beside) / (0.4 * reach), 0, 1)  # fade out beyond the inner one's rim
     out = outer.copy()
     out[near] += (move[:, None] * normal).astype(outer.dtype)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def tuck(inner, centre, outer, faces, gap):  # pragma: no cover (compiled)
+    """`inner` vertices f64 [V, 3] drawn towards `centre` until they lie `gap` behind the `outer` mesh seen from there:
+    hair under a hat. What no face is in front of stays."""
+    out = inner.copy()
+    for i in range(len(inner)):
+        d = inner[i] - centre
+        length = np.sqrt((d * d).sum())
+        d = d / max(length, 1e-9)
+        nearest = np.inf
+        for f in range(len(faces)):  # Moeller and Trumbore 1997
+            a = outer[faces[f, 0]]
+            e1, e2 = outer[faces[f, 1]] - a, outer[faces[f, 2]] - a
+            p = np.cross(d, e2)
+            det = (e1 * p).sum()
+            if abs(det) < 1e-14:
+                continue
+            s = centre - a
+            u = (s * p).sum() / det
+            if u < 0 or u > 1:
+                continue
+            q = np.cross(s, e1)
+            v = (d * q).sum() / det
+            t = (e2 * q).sum() / det
+            if v >= 0 and u + v <= 1 and 0 < t < nearest:
+                nearest = t
+        if length > nearest - gap:
+            out[i] = centre + d * (nearest - gap)
     return out
 
 

@@ -45,10 +45,11 @@ class Tint:
     power: float = 1.0  # below 1: flatter
     pattern: str = "plain"  # or one of `cut.PATTERNS`
     scale: float = 0.0
+    soft: float = 0.0  # luminance added to both sides of the ratio: black textures would turn into speckles
 
     def __call__(self, rgb: np.ndarray, canonical: np.ndarray | None) -> np.ndarray:
         """Colours f32 [N, 3] of texels [N, 3] at canonical points [N, 3] (needed by patterns only)."""
-        shade = np.clip(rgb @ LUMINANCE / np.float32(self.typical), *SHADE)[:, None]
+        shade = np.clip((rgb @ LUMINANCE + self.soft) / np.float32(self.typical + self.soft), *SHADE)[:, None]
         if self.power != 1:
             shade = shade**self.power
         color = self.palette[None, :3]

@@ -218,7 +218,7 @@ class Sampler:
             if len(layer.faces):
                 layers[part] = layer
                 hidden |= hides
-        self._arrange(layers, casting)
+        _arrange(layers, body)
         skin, filler = self._skin(casting, body, normals, hidden)
         eyes = self._worn(self.wearable("eyes", "eyes"), body, Paint(self._texels("iris", casting.iris)))
         brow = self.wearable(casting.brow, "brows")
@@ -264,7 +264,7 @@ class Sampler:
         item = self.wearable(garment.item, part)
         tint = None
         if part == "hair":
-            tint = Tint(garment.palette, item.typical[1], 0.8)
+            tint = Tint(garment.palette, item.typical[1], 0.8, soft=0.05)
         elif garment.pattern != "original":
             tint = Tint(garment.palette, item.typical[1], 1.0, garment.pattern, garment.scale)
         layer = self._worn(item, body, Paint(item.texels, tint=tint))
@@ -293,17 +293,25 @@ class Sampler:
         hides = (border(self.mean) < -HIDE) & ~self.head & (self.mean[:, 1] < clothes.NECK_TOP)
         return _clipped(whole, border), hides
 
-    def _arrange(self, layers: dict[str, Layer], casting: Casting) -> None:
-        """Outer layers in front of inner ones."""
-        order = ["shoes", "bottom", "top", "hair"]
-        if "bottom" in casting.parts and casting.parts["bottom"].item.endswith("/onepiece"):
-            order = ["shoes", "top", "bottom", "hair"]  # overalls go over the shirt
-        for i, outer in enumerate(order):
-            for inner in order[:i]:
-                if outer in layers and inner in layers and (outer, inner) != ("hair", "shoes"):
-                    below = layers[inner]
-                    moved = clothes.push_out(layers[outer].vertices, below.vertices, below.normals, GAP[outer])
-                    layers[outer] = replace(layers[outer], vertices=moved)
+
+def _arrange(layers: dict[str, Layer], body: np.ndarray) -> None:
+    """Outer layers in front of inner ones, in place."""
+    for outer, inner in (("bottom", "shoes"), ("top", "bottom"), ("hair", "top")):
+        if outer not in layers or inner not in layers:
+            continue
+        above, below = layers[outer], layers[inner]
+        if inner == "bottom" and below.name.endswith("/onepiece"):  # overalls go over the shirt, which is tucked in
+            moved = clothes.push_out(above.vertices, below.vertices, -below.normals, GAP["top"], reach=0.06)
+        else:
+            moved = clothes.push_out(above.vertices, below.vertices, below.normals, GAP[outer])
+        layers[outer] = replace(above, vertices=moved)
+    if "hair" in layers and "accessory" in layers:
+        hat, hair = layers["accessory"], layers["hair"]
+        centre = body[BODY, 1].max() * np.array([0.0, 1, 0]) + [0, -0.12, 0.02]
+        moved = clothes.tuck(
+            hair.vertices.astype(np.float64), centre, hat.vertices.astype(np.float64), hat.faces, 0.004
+        )
+        layers["hair"] = replace(hair, vertices=moved.astype(np.float32))
 
 
 def _clipped(layer: Layer, border) -> Layer:

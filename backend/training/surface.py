@@ -122,7 +122,9 @@ def visible_surface(person: SampledPerson, count: int, seed: int, face: float = 
     weight = area * np.where(_on_head(soup), face, 1.0)
     if not weight.sum() > 0:
         raise PopulaceError("empty_surface", "This person has no surface.", "Are there faces in its meshes?")
-    two_sided = soup.label != 0
+    # a sampled body is closed; cloth, hair and scans may be sheets
+    open_sheet = [layer.part not in ("body", "eyes") or layer.weights is None for layer in soup.layers]
+    two_sided = np.repeat(open_sheet, np.diff(soup.first))
     found: list[tuple[np.ndarray, ...]] = []
     total = tried = 0
     while total < count:
