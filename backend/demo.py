@@ -25,7 +25,7 @@ from blender_addon.client import Client
 from blender_addon.messages import BackendError, Request, Status
 from blender_addon.packet import Human
 
-POSES = ("standing_1", "contrapposto", "walking")  # of the people in the scene, one each
+POSES = ("standing_4", "contrapposto", "walking")  # of the people in the scene, one each
 PICTURE_SIZE = (1280, 720)
 _STARTED, _MADE, _INSERTED = 0.04, 0.5, 0.52  # of the whole; the rest is rendering
 

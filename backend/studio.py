@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from backend.packet import HumanAsset
     from blender_addon.packet import Human
 
+SPACING_M = 1.0  # between people whose arms are down
 _GREY = (0.30, 0.31, 0.33, 1.0)
 
 
@@ -66,7 +67,8 @@ def insert(bpy: Any, human: Human, index: int, count: int) -> tuple[float, list[
     from blender_addon import scene
 
     begin = time.perf_counter()
-    root, _ = scene.insert(bpy.context, human, scene.Batch("Populace", count, (0.0, 0.0, 0.0)), index)
+    batch = scene.Batch("Populace", count, (0.0, 0.0, 0.0), spacing_m=SPACING_M)
+    root, _ = scene.insert(bpy.context, human, batch, index)
     seconds = time.perf_counter() - begin
     bpy.context.view_layer.update()
     return seconds, [o for o in (root, *root.children_recursive) if o.type == "MESH" and not o.hide_render]

@@ -42,12 +42,13 @@ class Batch:
     count: int
     location: tuple[float, float, float]  # of the row's middle, on the floor, in scene units
     with_rig: bool = True
+    spacing_m: float = SPACING_M
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     was_made: bool = False  # whether its collection existed once
 
     def spot(self, index: int, units_per_metre: float) -> tuple[float, float, float]:
         x, y, z = self.location
-        return x + (index - (self.count - 1) / 2) * SPACING_M * units_per_metre, y, z
+        return x + (index - (self.count - 1) / 2) * self.spacing_m * units_per_metre, y, z
 
 
 class _Stage:

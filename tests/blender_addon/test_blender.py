@@ -235,7 +235,8 @@ def test_blocking_operator_as_scripts_use_it(faked: SimpleNamespace) -> None:
 def test_recipe_goes_back_into_the_form_and_the_clipboard(faked: SimpleNamespace) -> None:
     bpy = faked.bpy
     assert not bpy.ops.populace.copy_recipe.poll()
-    human = faked.packet.read(making.packet(seed=77, truncation_psi=0.25, texture_size=2048, faces=1234))
+    asked = {"prompt": "tall", "edits": [{"op": "remove", "parts": ["top"]}], "pose": "sitting", "lods": 2}
+    human = faked.packet.read(making.packet(seed=77, truncation_psi=0.25, texture_size=2048, faces=1234, **asked))
     root, _ = faked.scene.insert(bpy.context, human, faked.scene.Batch("H", 1, (0, 0, 0)))
     bpy.context.view_layer.objects.active = root.children[0]
     assert bpy.ops.populace.use_recipe() == {"FINISHED"}
@@ -245,7 +246,11 @@ def test_recipe_goes_back_into_the_form_and_the_clipboard(faked: SimpleNamespace
     assert not form.randomise_seed
     bpy.ops.populace.make_again()
     job = next(iter(faked.tasks.session().jobs.values()))
-    assert job.request.latents == faked.packet.recipe_latents(json.loads(root.populace.recipe))
+    recipe = json.loads(root.populace.recipe)
+    assert recipe.items() >= asked.items(), "the whole request is kept"
+    assert job.request.latents == faked.packet.recipe_latents(recipe)
+    assert (job.request.pose, job.request.lods) == ("sitting", 2)
+    assert (job.request.prompt, job.request.edits) == (None, []), "the latents have them in already"
     pump_until(faked, lambda: job.taken)
     bpy.context.view_layer.objects.active = root
     root.populace.recipe = "{"
