@@ -146,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", evaluation.run, "compare a family's people with sampled people that training never saw")
     evaluation.add_options(evaluate)
+
+    from backend.training import command as training
+
+    train = command("train", training.run, "train the people family on people sampled from a MakeHuman data folder")
+    training.add_options(train)
     return parser
 
 

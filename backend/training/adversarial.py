@@ -89,13 +89,14 @@ class Settings:
     augment: float = 0.3  # probability of a shift and of a cut-out
     half_life: float = 2000.0  # of the moving average, in samples
     clip: float = 10.0
+    warm_up: int = 100  # steps in which only the critics learn: fresh ones would lead good weights astray
 
 
 SIZES = {
-    "tiny": Settings(height=32, batch=2, base=8, limit=16, pool=12, coarse=32, half_life=50),
+    "tiny": Settings(height=32, batch=2, base=8, limit=16, pool=12, coarse=32, half_life=50, warm_up=4),
     "small": Settings(pool=600, volume=16, base=24, limit=128),
     "base": Settings(height=256, low_factor=2, batch=16, base=32, limit=512, pool=20000, volume=32, half_life=10000,
-                     rate_planes=1e-3, gamma=10.0),
+                     rate_planes=1e-3, gamma=10.0, warm_up=1000),
 }  # fmt: skip
 
 
@@ -260,12 +261,14 @@ class AdversarialStage:
                 at = dataclasses.replace(at, asked=at.asked.new_ones(len(at.asked), len(scene.parts)))
         return render_guided(scene, rays, at, s.beta, normals), at, low
 
-    def _fakes(self, step: int, samples: range) -> tuple[list[PeopleField], Tensor, Tensor, dict[str, Tensor]]:
-        """Fields, pictures [2 N, 4, H, W] (all bodies first), views, and the anchors' losses."""
+    def _fakes(
+        self, step: int, samples: range, anchored: bool = True
+    ) -> tuple[list[PeopleField], Tensor, Tensor, dict[str, Tensor]]:
+        """Fields, pictures [2 N, 4, H, W] (all bodies first), views, and the anchors' losses if wanted."""
         s = self.settings
         fields, pictures, views = [], [], []
         anchors: dict[str, list[Tensor]] = {"code": [], "volume": [], "depth": [], "normal": [], "up": []}
-        look_back = step % s.prior_every == 0
+        look_back = anchored and step % s.prior_every == 0
         for i in samples:
             z = draw_z([self.seed, step, i], self.device)
             latents = mapped(self.model, z, s.psi)
@@ -289,10 +292,11 @@ class AdversarialStage:
                     small = picture_of(low, (self.size[0] // s.low_factor, self.size[1] // s.low_factor))
                     large = functional.avg_pool2d(pictures[-1], s.low_factor)
                     anchors["up"].append((_soft(large) - _soft(small)).abs().mean())
-            box = VOLUMES[self._box(step, i)]
-            with torch.no_grad():
-                target = volume_of(old, box, s.volume)
-            anchors["volume"].append((volume_of(field, box, s.volume) - target).abs().mean())
+            if anchored:
+                box = VOLUMES[self._box(step, i)]
+                with torch.no_grad():
+                    target = volume_of(old, box, s.volume)
+                anchors["volume"].append((volume_of(field, box, s.volume) - target).abs().mean())
             fields.append(field)
             views.append(torch.from_numpy(seen))
         kinds = len(KINDS)
@@ -371,8 +375,14 @@ class AdversarialStage:
                 )
             return loss, figures
 
-        self.critics.requires_grad_(False)
-        yield Phase("generator", self.generator_optimiser, generator, self.settings.clip)
+        if step < self.settings.warm_up:
+            with torch.no_grad():
+                fields, pictures, views, _ = self._fakes(step, samples, anchored=False)
+                volumes, boxes = self._volumes(fields, step, samples)
+            kept.update(pictures=pictures, views=views, volumes=volumes, boxes=boxes)
+        else:
+            self.critics.requires_grad_(False)
+            yield Phase("generator", self.generator_optimiser, generator, self.settings.clip)
         self.critics.requires_grad_(True)
         yield Phase("critic", self.critic_optimiser, critic, self.settings.clip)
 

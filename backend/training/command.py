@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`populace train`: fit, then adversarial, then super-resolution; every stage goes from weights to weights.
+
+The run folder holds one weights file per finished stage (`fit.safetensors`, ...) and one folder per adversarial stage
+with its checkpoint, log and sample sheets. A stage starts from the last finished one before it, or from the weights
+that ship with this version. With torchrun, every process takes its share of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backend.options import add_device, positive
+from backend.protocol import PopulaceError
+from backend.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from backend.families.people.model import PeopleModel
+    from backend.training.loop import World
+
+STAGES = ("fit", "adversarial", "superres")
+SHARES = {"adversarial": 2 / 3, "superres": 1 / 3}  # of the minutes, when both are asked for
+
+log = logging.getLogger(__name__)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kit", type=Path, required=True, help="a MakeHuman or MPFB data folder")
+    parser.add_argument("--resume", type=Path, required=True, metavar="DIR", help="run folder, made or continued")
+    parser.add_argument("--size", choices=("tiny", "small", "base"), default="small",
+                        help="tiny: for tests; small: two CPU cores; base: a GPU (default: small)")  # fmt: skip
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="fit", help="default: fit")
+    parser.add_argument("--minutes", type=float, default=60, help="for the adversarial stages (default: 60)")
+    parser.add_argument("--max-steps", type=positive, help="of each adversarial stage, over all sessions")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="copy the weights of the last stage here")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as cores")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 130 when interrupted; raises PopulaceError."""
+    if not args.kit.is_dir():
+        raise PopulaceError(
+            "invalid_request", f"There is no folder {args.kit}.", "--kit wants a MakeHuman data folder."
+        )
+    logging.getLogger("backend.training").setLevel(logging.INFO)
+    import torch
+
+    from backend.training.loop import World
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    world = World.join(device)
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    asked = sum(SHARES.get(s, 0) for s in stages)
+    for stage in stages:
+        done = args.resume / f"{stage}.safetensors"
+        if stage == "fit":
+            if world.rank == 0:
+                _fit(args.kit, args.resume, args.size, args.seed, args.minutes)
+            world.total([0], device)  # the others wait here
+        elif not _adversarial(stage, args, device, world, args.minutes * SHARES[stage] / asked):
+            return 130
+    if args.export and world.rank == 0:
+        args.export.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(done, args.export)
+    return 0
+
+
+def _fit(kit: Path, folder: Path, size: str, seed: int, minutes: float) -> None:
+    """Distil the parts from sampled people; writes `fit.safetensors` in the run folder."""
+    from backend.training import people, people_data, people_export
+
+    data, nets = folder / "data", folder / "nets"
+    if not (data / "items.json").exists():
+        people_data.build(kit, data, seed=seed)
+    people.train_all(data, nets, minutes, seed=seed)
+    people_export.export(data, nets, folder / "fit.safetensors", seed=seed)
+
+
+def _adversarial(stage: str, args: argparse.Namespace, device: torch.device, world: World, minutes: float) -> bool:
+    """Train one adversarial stage; False if it was interrupted. Writes `<stage>.safetensors` in the run folder."""
+    from backend.training import adversarial, loop, views
+
+    settings = adversarial.SIZES[args.size]
+    if stage == "superres":
+        settings = adversarial.superres(settings)
+    start = _start(args.resume, stage)
+    model = _load(start, device)
+    folder = args.resume / stage
+    size = (settings.height, round(settings.height * views.ASPECT))
+    pool, workers = folder / "reals.safetensors", max(1, (os.cpu_count() or 1) // world.size)
+    if world.rank == 0:
+        views.make_reals(views.kit_shot(args.kit), settings.pool, size, args.seed, workers, pool)
+    world.total([0], device)
+    reals = views.make_reals(views.kit_shot(args.kit), settings.pool, size, args.seed, workers, pool)
+    trained = adversarial.AdversarialStage(model, reals, settings, args.seed, stage)
+    facts = {"stage": stage, "size": args.size, "seed": args.seed, "start": model.weights_sha256}
+    box = loop.Box(minutes=minutes, max_steps=args.max_steps or float("inf"))
+    outcome = loop.run(trained, folder, box, world, facts)
+    log.info("%s: %d steps, ended by %s, %s", stage, outcome.steps, outcome.stopped, json.dumps(outcome.figures))
+    if world.rank == 0:
+        write_weights(trained.finish(), args.resume / f"{stage}.safetensors")
+    return outcome.stopped != "interrupted"
+
+
+def write_weights(model: PeopleModel, path: Path) -> None:
+    """The weights file of a model, replaced as a whole."""
+    from safetensors.torch import save_file
+
+    from backend.training.people_export import quantise
+
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(quantise(model.networks), temporary, metadata={"people": json.dumps(model.facts)})
+    temporary.replace(path)
+
+
+def _start(folder: Path, stage: str) -> Path | None:
+    """Weights of the last finished stage before `stage`; None for those that ship."""
+    for earlier in reversed(STAGES[: STAGES.index(stage)]):
+        path = folder / f"{earlier}.safetensors"
+        if path.exists():
+            return path
+    return None
+
+
+def _load(path: Path | None, device: torch.device) -> PeopleModel:
+    from backend import weights
+    from backend.families.people import model
+
+    if path is None:
+        return model.load(device, weights.locate("people", Settings.load().data_dir))
+    return model.load(device, weights.Weights("people", weights.sha256_of(path), (path,)))
+
+
+def _device(name: str | None) -> torch.device:
+    """The asked-for device; with torchrun each process has its own GPU. Raises PopulaceError("no_gpu")."""
+    import torch
+
+    from backend.families import resolve_device
+
+    if resolve_device(name or Settings.load().device) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
