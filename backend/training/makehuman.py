@@ -2,13 +2,14 @@
 """Reader of MakeHuman's native asset formats: base mesh, targets, mhclo assets, materials, rigs.
 
 Works on MakeHuman's or MPFB's `data` folder and on any folder with the same layout. Lengths are decimetres as in the
-files (y up, facing +z); `families.people` turns them into metres. All indices are 0-based.
+files (y up, facing +z); the sampler turns them into metres. All indices are 0-based.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from backend.protocol import PopulaceError
+
+log = logging.getLogger(__name__)
+
 BODY = slice(0, 13380)  # hm08: the vertices of group "body"
-_AGE_CHILD = 3 / 16  # break point of the age slider between baby and child
+CHEST = (-2.0, 6.0)  # heights on the base mesh between which breast targets move skin
+# ends of the names of opposite targets
+PAIRS = {"decr": "incr", "down": "up", "in": "out", "backward": "forward", "concave": "convex",
+         "compress": "uncompress", "pointed": "triangle", "square": "round"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,14 +242,45 @@ class Kit:
         paths = {}
         for path in sorted((self.root / "targets").rglob("*.target*")):
             if "units" not in path.parts:
-                paths.setdefault(path.name.removesuffix(".gz").removesuffix(".target"), path)
+                name = path.name.removesuffix(".gz").removesuffix(".target")
+                if name.endswith(("-minheight", "-maxheight")) and path.stat().st_size < 4096:
+                    log.warning("%s is nearly empty, a known defect: the average one is used", path.name)
+                    continue
+                paths.setdefault(name, path)
         return paths
+
+    def check(self) -> Kit:
+        """The kit itself, if people can be made of it. Raises PopulaceError("not_found") that says what is missing."""
+        if not (self.root / "3dobjs" / "base.obj").is_file():
+            raise PopulaceError("not_found", f"{self.root} holds no MakeHuman assets: 3dobjs/base.obj is missing.",
+                                "Name the data folder of MakeHuman or of MPFB.")  # fmt: skip
+        wanted = {"targets": "*.target*", "skins": "*.mhmat", "eyes/materials": "*.mhmat", "eyes": "*.mhclo",
+                  "eyebrows": "*.mhclo", "hair": "*.mhclo"}  # fmt: skip
+        missing = [f for f, files in wanted.items() if next((self.root / f).rglob(files), None) is None]
+        missing += [] if self._rig_files() else ["rigs (game_engine)"]
+        if missing:
+            raise PopulaceError("not_found", f"{self.root} lacks {', '.join(missing)}.",
+                                "MPFB keeps skins, hair, eyes and clothes in a user folder of its own, MakeHuman "
+                                "compiles its targets: bring all of it together in one folder.")  # fmt: skip
+        return self
+
+    def _rig_files(self) -> tuple[Path, Path] | None:
+        """Bones and weights: MakeHuman's files or MPFB's."""
+        for bones, weights in (("game_engine.mhskel", "default_weights.mhw"),
+                               ("standard/rig.game_engine.json", "standard/weights.game_engine.json")):  # fmt: skip
+            found = self.root / "rigs" / bones, self.root / "rigs" / weights
+            if all(path.is_file() for path in found):
+                return found
+        return None
 
     @cached_property
     def details(self) -> list[tuple[str | None, str]]:
         """Detail sliders as (target for negative values or None, target for positive values)."""
+        path = self.root / "modifiers" / "modeling_modifiers.json"
+        if not path.is_file():
+            return self._paired_targets()
         out = []
-        listing = json.loads((self.root / "modifiers" / "modeling_modifiers.json").read_text(encoding="utf-8"))
+        listing = json.loads(path.read_text(encoding="utf-8"))
         for group in listing:
             for m in group["modifiers"]:
                 if "target" not in m:
@@ -252,10 +291,38 @@ class Kit:
                     out.append((low, high))
         return out
 
+    def _paired_targets(self) -> list[tuple[str | None, str]]:
+        """The detail sliders by the names of the files: MPFB has no list in MakeHuman's form."""
+        folders = {"macrodetails", "expression", "breast", "genitals", "pelvis", "bodyparts"}
+        names = {n for n, p in self.target_paths.items() if not folders & set(p.parts) and "nipple" not in n}
+        out: list[tuple[str | None, str]] = []
+        for name in sorted(names):
+            stem, _, end = name.rpartition("-")
+            if end in PAIRS and f"{stem}-{PAIRS[end]}" in names:
+                out.append((name, f"{stem}-{PAIRS[end]}"))
+        return out
+
     def target(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         if name not in self._targets:
-            self._targets[name] = read_target(self.target_paths[name])
+            self._targets[name] = self._sound(name, *read_target(self.target_paths[name]))
         return self._targets[name]
+
+    def _sound(self, name: str, index: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The target, unless it is a breast target that moves head or feet (MPFB ships one): then its neighbour."""
+        if not name.startswith("female-") or "cup-" not in name:
+            return index, delta
+        height = self.base.vertices[index, 1]
+        astray = (index < BODY.stop) & ((height < CHEST[0]) | (height > CHEST[1]))
+        if not len(index) or np.abs(delta[astray]).max(initial=0) < 0.05:
+            return index, delta
+        stem, muscle, weight = name.split("-")[:2], name.split("-")[2], name.split("-")[3]
+        rest = name.split("-")[4:]
+        other = "-".join([*stem, muscle, "averageweight", *rest])
+        log.warning("%s moves head or feet, a known defect: %s", name, f"{other} is used" if weight != "averageweight"
+                    and other in self.target_paths else "it is left out")  # fmt: skip
+        if weight == "averageweight" or other not in self.target_paths:
+            return index[:0], delta[:0]
+        return self.target(other)
 
     def morph(self, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         """Target weights [B] -> rest shapes f32 [B, 19158, 3] in decimetres: base + sum of weight x displacement."""
@@ -285,22 +352,48 @@ class Kit:
     @cached_property
     def rig(self) -> tuple[dict, dict]:
         """game_engine bones {name: {...}} and its joints {joint: [vertex, ...]}."""
-        data = json.loads((self.root / "rigs" / "game_engine.mhskel").read_text(encoding="utf-8"))
-        return data["bones"], data["joints"]
+        files = self._rig_files()
+        if files is None:
+            raise PopulaceError("not_found", f"{self.root} lacks the rig game_engine.", "It belongs into rigs/.")
+        data = json.loads(files[0].read_text(encoding="utf-8"))
+        return (data["bones"], data["joints"]) if "joints" in data else self._mpfb_rig(data.get("bones", data))
 
-    def rig_weights(self) -> tuple[list[str], list[int], np.ndarray]:
-        """The game_engine rig: bone names (parents first), parents, and skin weights f32 [19158, J], rows sum to 1."""
+    def _mpfb_rig(self, data: dict) -> tuple[dict, dict]:
+        """MPFB's form of a rig: each end of a bone says how it follows the mesh."""
+        bones, joints = {}, {}
+        for name, bone in data.items():
+            bones[name] = {"parent": bone["parent"] or None}
+            for end in ("head", "tail"):
+                how, joint = bone[end], f"{name}____{end}"
+                match how["strategy"]:
+                    case "CUBE":
+                        group = self.base.quads[self.base.groups[how["cube_name"]]]
+                        joints[joint] = np.unique(group).tolist()
+                    case "VERTEX":
+                        joints[joint] = [how["vertex_index"]]
+                    case _:
+                        joints[joint] = list(how["vertex_indices"])
+                bones[name][end] = joint
+        return bones, joints
+
+    @cached_property
+    def _rig_table(self) -> tuple[list[str], list[int], np.ndarray]:
         bones, _ = self.rig
-        source = json.loads((self.root / "rigs" / "default_weights.mhw").read_text(encoding="utf-8"))["weights"]
+        files = self._rig_files()
+        assert files is not None
+        source = json.loads(files[1].read_text(encoding="utf-8"))["weights"]
         names: list[str] = []
         pending = sorted(bones)
         while pending:
             ready = [b for b in pending if bones[b]["parent"] is None or bones[b]["parent"] in names]
+            if not ready:
+                raise PopulaceError("invalid_request", f"{files[0].name} has bones without parents: {pending[0]}.")
             names += ready
             pending = [b for b in pending if b not in ready]
         dense = np.zeros((len(self.base.vertices), len(names)), np.float32)
         for j, name in enumerate(names):
-            refs = bones[name].get("weights_reference") or bones[name].get("reference") or []
+            own = [name] if files[1].suffix == ".json" else []  # MPFB's weights are per bone of this very rig
+            refs = bones[name].get("weights_reference") or bones[name].get("reference") or own
             for ref in refs:
                 for vertex, w in source.get(ref, []):
                     dense[vertex, j] += w
@@ -308,9 +401,19 @@ class Kit:
         parents = [-1 if bones[b]["parent"] is None else names.index(bones[b]["parent"]) for b in names]
         return names, parents, dense / np.where(total > 0, total, 1)
 
-    def garments(self) -> dict[str, dict]:
-        """Semantic parts of the outfits (`garments.json`, our own metadata; empty if the folder has none)."""
+    def rig_weights(self) -> tuple[list[str], list[int], np.ndarray]:
+        """The game_engine rig: bone names (parents first), parents, and skin weights f32 [19158, J], rows sum to 1."""
+        return self._rig_table
+
+    @cached_property
+    def _garments(self) -> dict[str, dict]:
         path = self.root / "garments.json"
         if not path.exists():
-            return {}
+            from backend.training.wardrobe import classify
+
+            return classify(self)
         return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if not k.startswith("_")}
+
+    def garments(self) -> dict[str, dict]:
+        """Semantic parts of the outfits: `garments.json`, our own metadata, or what `wardrobe.classify` finds."""
+        return self._garments

@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from backend import poses
+from backend.protocol import PopulaceError
 from backend.training import clothes
 from backend.training.casting import CUT, SKIRT, Casting, Garment, cast
 from backend.training.clothes import DM, HIDE, Wearable
@@ -55,7 +56,7 @@ class Sampler:
 
     def __init__(self, kit: Kit, mean: np.ndarray | None = None) -> None:
         """`mean` [19158, 3] is `template(kit)`, which takes some seconds if it is not given."""
-        self.kit = kit
+        self.kit = kit.check()
         self._mean = mean
         self._wearables: dict[str, Wearable] = {}
         self._cloth: dict[str, clothes.Cloth] = {}
@@ -158,7 +159,10 @@ class Sampler:
             quads = hides = None
             if part in ("hair", "brows", "eyes"):
                 folder = self.kit.root / {"hair": "hair", "brows": "eyebrows", "eyes": "eyes"}[part]
-                path = next((folder / (item if part != "eyes" else "low-poly")).glob("*.mhclo"))
+                path = next(
+                    iter(sorted(folder.glob("low-poly/*.mhclo" if part == "eyes" else f"{item}/*.mhclo"))), None
+                )
+                path = path or next(iter(sorted(folder.rglob("*.mhclo"))))  # another eye will do
                 hides = np.zeros(0, np.int64)
             else:
                 asset, _, label = item.partition("/")
@@ -180,11 +184,13 @@ class Sampler:
         found = {}
         for kind, folder in (("skin", "skins"), ("iris", "eyes/materials")):
             paths = sorted((self.kit.root / folder).rglob("*.mhmat"))
-            found[kind] = {p.stem: Path(read_material(p)["diffuseTexture"]) for p in paths}
+            found[kind] = {p.stem: Path(read_material(p).get("diffuseTexture", "")) for p in paths}
         return found
 
     def _texels(self, kind: str, name: str) -> np.ndarray:
         path = self._materials[kind][name]
+        if not path.is_file():
+            raise PopulaceError("not_found", f"The {kind} {name} has no texture.", "Install its images, or remove it.")
         if path not in self._paints:
             self._paints[path] = clothes.read_image(path)
         return self._paints[path]

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from backend.protocol import PopulaceError
+from backend.training.casting import cast
 from backend.training.makehuman import BODY, Kit, macro_weights, read_material, read_obj, read_proxy, read_target
+from backend.training.wardrobe import classify, label_of
 
 KIT = Path(os.environ.get("MAKEHUMAN_DATA", Path(__file__).parents[3] / "shared" / "data" / "makehuman"))
 needs_kit = pytest.mark.skipif(not (KIT / "3dobjs" / "base.obj").exists(), reason="no MakeHuman assets here")
@@ -116,3 +120,128 @@ def test_rig_lists_parents_first_and_weights_sum_to_one() -> None:
     body = weights[BODY].sum(1)
     assert np.allclose(body[body > 0], 1, atol=1e-5)
     assert (body == 0).mean() < 0.02  # the tongue side of the mouth: only bones that the small rig lacks
+
+
+# --- a user's own folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """The kit without the metadata that only the kit has."""
+    for path in KIT.iterdir():
+        if path.name not in ("garments.json", "rigs"):
+            (tmp_path / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    (tmp_path / "rigs").mkdir()
+    for path in (KIT / "rigs").iterdir():
+        (tmp_path / "rigs" / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_clothes_are_told_by_where_they_sit() -> None:
+    """A body of 20 dm; boxes of cloth by their heights in dm."""
+    body = np.zeros((BODY.stop, 3))
+    body[:, 1] = np.linspace(0, 20, BODY.stop)
+
+    def cloth(low: float, high: float, x: float = 0.0) -> np.ndarray:
+        y = np.linspace(low, high, 50)
+        return np.stack([np.full(50, x), y, np.zeros(50)], 1)
+
+    assert label_of(cloth(17.5, 21), body) == "hat"
+    assert label_of(cloth(0, 3, x=1.5), body) == "shoes"
+    assert label_of(cloth(1, 12), body) == "bottom"
+    assert label_of(cloth(9, 16), body) == "top"
+    assert label_of(cloth(6.5, 16.5), body) == "top"  # a coat
+    assert label_of(cloth(1, 16), body) == "onepiece"
+    assert label_of(cloth(8, 11, x=6), body) is None  # a glove
+
+
+@needs_kit
+def test_garments_found_without_a_list_are_those_of_the_list(own_folder: Path) -> None:
+    kit, listed = Kit(own_folder), Kit(KIT).garments()
+    found = kit.garments()
+    assert found == classify(kit)
+    assert set(found) == set(listed)
+    one = {"male_casualsuit01"}  # shirt and jeans of one connected mesh
+    assert [p["label"] for p in found["male_casualsuit01"]["parts"]] == ["onepiece"]
+    for name in set(listed) - one:
+        want = {"top" if p["label"] == "outer" else p["label"] for p in listed[name]["parts"]}
+        assert {p["label"] for p in found[name]["parts"]} == want, name
+        assert found[name]["gender"] == listed[name]["gender"]
+    parts = {p["label"]: p for p in found["female_casualsuit02"]["parts"]}
+    assert parts["top"]["faces"] == [[1482, 2743]]
+    assert parts["bottom"]["faces"] == [[0, 1481]]
+    hides = sum(b - a + 1 for a, b in parts["top"]["hides"])
+    assert hides == pytest.approx(1396, rel=0.02)
+    assert cast(kit, 3).parts.keys() >= {"top", "bottom"}
+
+
+@needs_kit
+def test_missing_folders_are_named(own_folder: Path, tmp_path: Path) -> None:
+    assert Kit(own_folder).check().root == own_folder
+    (own_folder / "hair").unlink()
+    (own_folder / "rigs" / "game_engine.mhskel").unlink()
+    with pytest.raises(PopulaceError, match=r"lacks hair, rigs \(game_engine\)"):
+        Kit(own_folder).check()
+    with pytest.raises(PopulaceError, match=r"base\.obj is missing"):
+        Kit(tmp_path / "nowhere").check()
+
+
+@needs_kit
+def test_rigs_in_the_form_of_mpfb_are_read(own_folder: Path) -> None:
+    kit = Kit(KIT)
+    names, parents, weights = kit.rig_weights()
+    (own_folder / "rigs" / "game_engine.mhskel").unlink()
+    folder = own_folder / "rigs" / "standard"
+    folder.mkdir()
+    corner = int(kit.base.quads[kit.base.groups["joint-l-elbow"]][0, 0])
+    ends = {
+        "head": {"strategy": "CUBE", "cube_name": "joint-pelvis"},
+        "tail": {"strategy": "VERTEX", "vertex_index": 5},
+    }
+    arm = {"head": {"strategy": "CUBE", "cube_name": "joint-l-elbow"},
+           "tail": {"strategy": "MEAN", "vertex_indices": [7, 9]}}  # fmt: skip
+    rig = {"arm": arm | {"parent": "root"}, "root": ends | {"parent": ""}}
+    (folder / "rig.game_engine.json").write_text(json.dumps(rig))
+    table = {"root": [[0, 1.0], [1, 0.5]], "arm": [[1, 1.5]]}
+    (folder / "weights.game_engine.json").write_text(json.dumps({"weights": table}))
+    own = Kit(own_folder).check()
+    bones, joints = own.rig
+    assert len(joints[bones["arm"]["head"]]) == 8
+    assert corner in joints[bones["arm"]["head"]]
+    assert joints[bones["arm"]["tail"]] == [7, 9]
+    assert joints[bones["root"]["tail"]] == [5]
+    names, parents, weights = own.rig_weights()
+    assert (names, parents) == (["root", "arm"], [-1, 0])
+    assert weights[:3].tolist() == [[1, 0], [0.25, 0.75], [0, 0]]
+
+
+@needs_kit
+def test_defective_targets_are_noticed(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    targets = own_folder / "targets"
+    targets.unlink()
+    targets.mkdir()
+    name = "female-old-minmuscle-minweight-maxcup-averagefirmness"
+    other = name.replace("minweight", "averageweight")
+    y = Kit(KIT).base.vertices[BODY, 1]
+    head, chest = int(y.argmax()), int(np.abs(y - 3).argmin())
+    (targets / f"{name}.target").write_text(f"{chest} 0 .1 0\n{head} 0 1 0\n")  # moves the crown by 10 cm
+    (targets / f"{other}.target").write_text(f"{chest} 0 .2 0\n")
+    (targets / "male-old-maxmuscle-maxweight-minheight.target").write_text("3 0 .1 0\n")
+    kit = Kit(own_folder)
+    with caplog.at_level("WARNING"):
+        index, delta = kit.target(name)
+    assert index.tolist() == [chest]
+    assert delta.tolist() == [[0, 0.2, 0]]
+    assert "known defect" in caplog.text
+    assert "male-old-maxmuscle-maxweight-minheight" not in kit.target_paths  # so that the average one is used
+    assert (
+        Kit(KIT).target(name)[0].tolist() == read_target(Kit(KIT).target_paths[name])[0].tolist()
+    )  # the kit's is sound
+
+
+@needs_kit
+def test_sliders_pair_up_without_a_list(own_folder: Path) -> None:
+    (own_folder / "modifiers").unlink()
+    paired, listed = Kit(own_folder).details, Kit(KIT).details
+    assert len(set(listed) & set(paired)) > 0.8 * len(listed)
+    assert ("neck-scale-vert-decr", "neck-scale-vert-incr") in paired

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from scipy.spatial import cKDTree
 
 from backend import poses
 from backend.families.people.cut import arm_distance, borders
 from backend.protocol import PopulaceError
 from backend.render.camera import Camera, look_at, orthographic
 from backend.training.casting import CUT, SKIRT, Garment, cast
-from backend.training.clothes import clip, push_out
+from backend.training.clothes import clip, push_out, tuck
+from backend.training.crowd import CrowdMaker
 from backend.training.makehuman import BODY, Kit
 from backend.training.naming import COLORS, color_name, item_name
 from backend.training.person import LABELS, Layer, Paint, SampledPerson, Tint, posed, texels_at
@@ -140,6 +142,15 @@ def test_outer_layers_are_pushed_out_by_the_missing_gap_only() -> None:
     outer = np.array([[0, 0, 0.002], [0, 0, 0.02], [0, 0, -0.01], [0.3, 0, 0], [0, 0, -0.2]])
     moved = push_out(outer, inner, normals, 0.005)
     assert moved == pytest.approx(np.array([[0, 0, 0.005], [0, 0, 0.02], [0, 0, 0.005], [0.3, 0, 0], [0, 0, -0.2]]))
+
+
+def test_hair_is_tucked_under_the_hat_and_stays_where_there_is_none() -> None:
+    mesh = trimesh.creation.icosphere(subdivisions=3, radius=0.1)
+    upper = mesh.faces[mesh.triangles_center[:, 1] > 0]
+    inner = np.array([[0, 0.15, 0], [0, 0.08, 0], [0.1, 0.1, 0], [0, -0.2, 0], [0.2, -0.01, 0]])
+    moved = tuck(inner, np.zeros(3), np.asarray(mesh.vertices), upper, 0.004)
+    assert np.linalg.norm(moved, axis=1) == pytest.approx([0.096, 0.08, 0.096, 0.2, math.hypot(0.2, 0.01)], abs=1e-3)
+    assert np.cross(moved, inner) == pytest.approx(0, abs=1e-12)
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -354,8 +365,6 @@ def test_cut_garments_end_exactly_at_their_borders(sampler: Sampler) -> None:
     lift = sampler.bodies([casting])[0, BODY, 1].min() - (skin.vertices[:, 1].min())
     assert lift == pytest.approx(0, abs=1e-6)
     chest = (layer.canonical[:, 1] > 1.2) & (layer.canonical[:, 1] < 1.3) & (np.abs(layer.canonical[:, 0]) < 0.08)
-    from scipy.spatial import cKDTree
-
     shift = np.array([0, person.layer("body").vertices[:, 1].min() - naked[BODY, 1].min(), 0])
     distance = cKDTree(naked[BODY] + shift).query(layer.vertices[chest])[0]
     assert distance.min() > 0.0075
@@ -380,3 +389,45 @@ def test_posing_moves_every_layer_with_its_bones(sampler: Sampler) -> None:
         assert np.abs(b.vertices - want).max() < 1e-4
     sitting = sampler.person(1, poses.pose_names()[1])
     assert sitting.bounds[0, 1] == pytest.approx(0, abs=1e-6)
+
+
+@needs_kit
+def test_crowds_are_the_same_people(sampler: Sampler) -> None:
+    people = [1, 2, 3]
+    crowd = CrowdMaker(sampler)(people)
+    persons = [sampler.person(s) for s in people]
+    for i, person in enumerate(persons):
+        drop = person.bones.heads - crowd.heads[i].numpy()
+        assert np.abs(drop - drop[0]).max() < 1e-5  # barefoot there, shod here
+        assert drop[0] == pytest.approx([0, drop[0, 1], 0], abs=1e-6)
+        compared = 0
+        for worn in crowd.worn:
+            layer = person.layer(worn.part)
+            if i in worn.rows.tolist() and worn.part in ("eyes", "brows", "shoes"):  # nothing pushes these
+                mine = worn.vertices[worn.rows.tolist().index(i)].numpy() + drop[0]
+                assert np.abs(mine - layer.vertices).max() < 1e-5
+                compared += 1
+        assert compared == sum(person.layer(p) is not None for p in ("eyes", "brows", "shoes"))
+    turn = np.random.default_rng(0).normal([1, 0, 0, 0], 0.15, (len(people), len(persons[0].bones.names), 4))
+    moved = CrowdMaker(sampler)(people, torch.from_numpy(turn).float())
+    for i, person in enumerate(persons):
+        want = posed(person, turn[i])
+        eyes = next(w for w in moved.worn if w.part == "eyes")
+        here, there = eyes.vertices[i].numpy(), want.layer("eyes").vertices
+        assert np.abs(here - here.mean(0) - (there - there.mean(0))).max() < 2e-5
+        ends = moved.heads[i].numpy()
+        assert np.abs(ends - ends[0] - (want.bones.heads - want.bones.heads[0])).max() < 2e-5
+
+
+@needs_kit
+def test_crowds_carry_the_borders_of_cut_garments(sampler: Sampler) -> None:
+    trims = (-0.5, 0.0, 0.5, 0.0)
+    casting = replace(cast(sampler.kit, 1), parts={"top": Garment(CUT, np.zeros(6), "plain", 0.0, trims, 0.008, 0.02)})
+    crowd = CrowdMaker(sampler)([casting, casting])
+    worn = next(w for w in crowd.worn if w.part == "top")
+    assert worn.vertices.shape[0] == 2
+    assert worn.border[1].numpy() == pytest.approx(borders("top", trims, sampler.mean), abs=1e-6)
+    person = sampler.person(casting)
+    inside = np.unique(worn.faces.numpy()[(worn.border[0].numpy()[worn.faces.numpy()] < 0).all(1)])
+    mine = worn.vertices[0].numpy()[inside] + (person.bones.heads[0] - crowd.heads[0, 0].numpy())
+    assert cKDTree(person.layer("top").vertices).query(mine)[0].max() < 1e-5  # uncut, they are the same
