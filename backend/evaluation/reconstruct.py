@@ -27,9 +27,12 @@ from backend.families.base import FamilyModel, HumanField, Latents
 log = logging.getLogger(__name__)
 
 
-POINTS = 4096  # per step
+POOL = 16_384  # points of the surface that are looked at, and half as many in the air
+POINTS = 2048  # per step
+SOLES = 0.015  # metres: families stand barefoot at 0, people on their soles; the fit finds how thick those are
+REFRESH = 25  # steps after which the pool is carried back anew
 SHELL = 0.008  # metres in front of and behind the surface
-SOLVE = 4  # iterations of the pull-back: offsets are smooth, each one divides the error by several
+SOLVE = 5  # iterations of the pull-back: offsets are smooth, each one divides the error by several
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,33 @@ class Target:
 class Steps:
     """How long to look."""
 
-    body: int = 120
+    body: int = 100
     parts: int = 150
     rate: float = 0.03
     prior: float = 3e-4
 
 
 def pull_back(field: HumanField, points: Float[Tensor, "N 3"], start: Tensor | None = None) -> Float[Tensor, "N 3"]:
-    """Field-space points x with x + offset(x) = points, metres. The last step keeps the gradient of offset."""
+    """Field-space points x with x + offset(x) = points, metres. From a `start` near by one step is enough. The last
+    step keeps the gradient of offset."""
+    x = points if start is None else start
     with torch.no_grad():
-        x = points - field.offset(points) if start is None else start
-        for _ in range(SOLVE if start is None else 1):
+        for _ in range(SOLVE if start is None else 0):
             x = points - field.offset(x)
-    return points - field.offset(x)
+    return points - field.offset(x.detach())
 
 
 class Fit:
     """One reconstruction: codes, and the height of the person's floor in the field's person space."""
 
     def __init__(self, model: FamilyModel, target: Target, bank: Sequence[Latents], seed: int = 0) -> None:
-        self.model, self.target, self.bank = model, target, bank
+        self.model, self.bank = model, bank
         self.random = torch.Generator().manual_seed(seed)
+        some, free = (torch.randperm(n, generator=self.random)[:most]
+                      for n, most in ((len(target.points), POOL), (len(target.empty), POOL // 2)))  # fmt: skip
+        self.target = Target(target.points[some], target.normals[some], target.colors[some], target.labels[some],
+                             target.empty[free])  # fmt: skip
+        self.home, self.air = self.target.points, self.target.empty  # the same in the field's space, more or less
         self.codes: dict[str, Tensor] = {}
         self.lift = torch.zeros(1)
         self.spread: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,6 +114,12 @@ class Fit:
         index = torch.randint(pool, (min(count, pool),), generator=self.random)
         return index if of is None else of[index]
 
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Carry the whole pool back into the field's space."""
+        field = self.field("body")
+        self.home, self.air = (pull_back(field, self._place(p)) for p in (self.target.points, self.target.empty))
+
     def _place(self, points: Tensor) -> Tensor:
         """From the target's floor to that of the family."""
         up = self.lift.new_zeros(3).index_copy(0, torch.tensor([1]), self.lift)
@@ -114,23 +129,21 @@ class Fit:
 
     @torch.no_grad()
     def _start_body(self) -> None:
-        """The best body of the bank, at the best of a few heights of the floor (soles)."""
-        index = self._draw(1500)
-        best = np.inf
+        """The best body of the bank."""
+        index, best = self._draw(1000), np.inf
+        self.lift = torch.tensor([-SOLES])
         for latents in self.bank:
             self.codes = {k: v.detach().clone() for k, v in latents.codes.items() if k.startswith("body/")}
-            for lift in (0.0, -0.02):
-                self.lift = torch.tensor([lift])
-                loss = float(self._body_terms(index))
-                if loss < best:
-                    best, chosen = loss, (self.codes, self.lift)
-        self.codes, self.lift = chosen
+            loss = float(self._body_terms(index, solve=True))
+            if loss < best:
+                best, chosen = loss, self.codes
+        self.codes = chosen
 
     @torch.no_grad()
     def _start_parts(self) -> None:
         """Every part worn from the bank: shape by its points and by what must stay empty, then texture by colours."""
-        x = pull_back(self.field("body"), self._place(self.target.points))
-        free = pull_back(self.field("body"), self._place(self.target.empty[self._draw_empty(1500)]))
+        self._refresh()
+        x, free = self.home, self.air[self._draw_empty(1500)]
         self.codes["body/tex"] = self._best_texture("body", x)
         for part in self.target.worn:
             own = self._draw(1200, (self.target.labels == PARTS.index(part)).nonzero().squeeze(1))
@@ -172,31 +185,35 @@ class Fit:
 
     # --- losses
 
-    def _body_terms(self, index: Int[Tensor, " K"]) -> Tensor:
+    def _body_terms(self, index: Int[Tensor, " K"], solve: bool = False) -> Tensor:
         field = self.field("body")
-        distance = field.sdf(pull_back(field, self._place(self.target.points[index])))
+        points = self._place(self.target.points[index])
+        distance = field.sdf(pull_back(field, points, None if solve else self.home[index]))
         skin = self.target.labels[index] == PARTS.index("body")
         covered = functional.relu(0.001 - distance) + 0.3 * functional.relu(distance - 0.06)
         return torch.where(skin, distance.abs(), covered).mean()
 
     def _body_loss(self) -> Tensor:
-        return self._body_terms(self._draw(POINTS))
+        """As the whole loss in units of 1 cm."""
+        return 100 * self._body_terms(self._draw(POINTS))
 
     def _whole_loss(self) -> Tensor:
         """Distances in units of 1 cm, so that all terms are of the order of one."""
         index, target = self._draw(POINTS), self.target
         field = self.field()
-        points, normals = target.points[index], target.normals[index]
-        x = pull_back(field, self._place(points))
         third = len(index) // 3
-        front = pull_back(field, self._place(points[:third] + SHELL * normals[:third]))
-        behind = pull_back(field, self._place(points[third : 2 * third] - SHELL * normals[third : 2 * third]))
-        free = pull_back(field, self._place(target.empty[self._draw_empty(third)]))
-        on = field.sdf(x).abs()
-        sides = (field.sdf(front) - SHELL).abs().mean() + (field.sdf(behind) + SHELL).abs().mean()
-        loss = 100 * (on.clamp(max=0.04).mean() + 0.3 * sides + functional.relu(SHELL / 2 - field.sdf(free)).mean())
-        loss = loss + 3 * (field.color(x) - target.colors[index]).abs().mean()
-        return loss + self._label_loss(field, x, target.labels[index])
+        first, second, free = index[:third], index[third : 2 * third], self._draw_empty(third)
+        front, behind = SHELL * target.normals[first], -SHELL * target.normals[second]
+        places = torch.cat([target.points[index], target.points[first] + front, target.points[second] + behind,
+                            target.empty[free]])  # fmt: skip
+        starts = torch.cat([self.home[index], self.home[first] + front, self.home[second] + behind, self.air[free]])
+        x = pull_back(field, self._place(places), starts)
+        on, before, after, open_air = field.sdf(x).split([len(index), third, third, third])
+        loss = on.abs().clamp(max=0.04).mean() + functional.relu(SHELL / 2 - open_air).mean()
+        loss = loss + 0.3 * ((before - SHELL).abs().mean() + (after + SHELL).abs().mean())
+        x = x[: len(index)]
+        color = 3 * (field.color(x) - target.colors[index]).abs().mean()
+        return 100 * loss + color + self._label_loss(field, x, target.labels[index])
 
     def _label_loss(self, field: HumanField, x: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of softmax(-distance of each layer), for fields that have layers."""
@@ -219,7 +236,9 @@ class Fit:
         lift, sink = self.lift.detach(), torch.zeros(1, requires_grad=True)
         optimiser = torch.optim.Adam([*moves.values(), sink], steps.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(count, 1), 0.1 * steps.rate)
-        for _ in range(count):
+        for i in range(count):
+            if i % REFRESH == 0:
+                self._refresh()
             self.codes = dict(fixed) | {name: self._moved(name, fixed[name], move) for name, move in moves.items()}
             self.lift = lift + 0.05 * sink
             total = loss() + steps.prior * self._unlikely(moves, fixed)

@@ -7,6 +7,7 @@ squared, not summed), so that it reads as "how far apart are the surfaces".
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +24,13 @@ def chamfer(a: Float[Array, "N 3"], b: Float[Array, "M 3"]) -> float:
     """Metres; for large clouds of one pair."""
     to_b, to_a = nearest_distances(a, b), nearest_distances(b, a)
     return float(to_b.mean() + to_a.mean()) / 2
+
+
+def resampling_distance(points: Float[Array, "N 3"]) -> float:
+    """Chamfer distance to be expected of another N random points on the same surface: that between its two halves,
+    which are sqrt 2 farther apart. About half the root of the area per point."""
+    half = len(points) // 2
+    return chamfer(points[:half], points[half : 2 * half]) / math.sqrt(2)
 
 
 def nearest_distances(a: Float[Array, "N 3"], b: Float[Array, "M 3"]) -> Float[Array, " N"]:

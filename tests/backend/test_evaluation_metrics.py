@@ -263,6 +263,12 @@ def test_chamfer_of_parallel_planes_and_of_all_pairs() -> None:
     assert np.allclose(found, [[shapes.chamfer(a, b) for b in random[1]] for a in random[0]], atol=1e-4)
 
 
+def test_two_drawings_from_one_surface_are_half_the_root_of_the_area_per_point_apart() -> None:
+    count = 8000
+    plane = np.column_stack([RNG(0).random((count, 2)), np.zeros(count)])
+    assert shapes.resampling_distance(plane) == pytest.approx(0.5 * math.sqrt(1 / count), rel=0.05)
+
+
 def disc(radius: float, size: int = 96, centre: tuple[float, float] = (0, 0)) -> np.ndarray:
     y, x = (np.mgrid[0:size, 0:size] + 0.5) / size * 2 - 1
     return np.hypot(x - centre[0], y - centre[1]) < radius
