@@ -61,7 +61,7 @@ class CrowdMaker:
 
     def __call__(self, people: Sequence[int | Casting], rotations: Float[Tensor, "B J 4"] | None = None) -> Crowd:
         """The people of seeds or castings, in rest or with bone rotations (wxyz, see `poses`; not grounded again)."""
-        castings = tuple(cast(self.sampler.kit, c) if isinstance(c, int) else c for c in people)
+        castings = tuple(c if isinstance(c, Casting) else cast(self.sampler.kit, int(c)) for c in people)
         bodies = self.sampler.bodies(castings, self.device)
         count = len(self._parents)
         flat = bodies.permute(1, 0, 2).reshape(bodies.shape[1], -1)

@@ -22,6 +22,9 @@ COLORS = {
     "purple": (0.45, 0.2, 0.6), "pink": (0.9, 0.6, 0.7), "brown": (0.35, 0.22, 0.13), "beige": (0.8, 0.72, 0.58),
 }  # fmt: skip
 
+EYES = {"brownlight": "light brown", "bluegreen": "blue-green", "deepblue": "deep blue", "ice": "ice blue",
+        "lightblue": "light blue"}  # fmt: skip
+
 NAMES = {
     "short01": "short", "short03": "short", "short04": "short", "bob01": "bob", "long01": "long",
     "ponytail01": "ponytail", "braid01": "braid", "afro01": "afro",
@@ -81,7 +84,7 @@ def attributes(casting: Casting, body: np.ndarray, skin: Layer, layers: Mapping[
     out: dict[str, Any] = {
         "sex": s["gender"], "age_years": YEARS[0] + (s["age"] - 0.5) * 2 * (YEARS[1] - YEARS[0]),
         "height_m": float(np.ptp(body[BODY, 1])), "weight": s["weight"], "muscle": s["muscle"],
-        "skin_tone": float(np.clip(tone, 0, 1)), "eye_color": casting.iris.removesuffix("_eye").removesuffix("eye"),
+        "skin_tone": float(np.clip(tone, 0, 1)), "eye_color": EYES.get(casting.iris, casting.iris),
     }  # fmt: skip
     for part in ("hair", "top", "bottom", "shoes", "accessory"):
         garment = casting.parts.get(part)

@@ -103,7 +103,7 @@ class Sampler:
 
     def bodies(self, people: Sequence[int | Casting], device: torch.device | str = "cpu") -> Float[Tensor, "B V 3"]:
         """Naked rest bodies f32 [B, 19158, 3] of seeds or castings, helpers included: metres, soles at y = 0."""
-        castings = [cast(self.kit, c) if isinstance(c, int) else c for c in people]
+        castings = [c if isinstance(c, Casting) else cast(self.kit, int(c)) for c in people]
         base = torch.from_numpy((self.kit.base.vertices * DM).astype(np.float32).ravel()).to(device)
         weights = torch.from_numpy(self.weights(castings)).to(device)
         bodies = torch.addmm(base[None], weights, self.targets(device)).view(len(castings), -1, 3)
@@ -214,7 +214,7 @@ class Sampler:
 
     def person(self, seed: int | Casting, pose: str | np.ndarray | None = None) -> SampledPerson:
         """The person of a seed (or a casting), in the rest pose, a pose by name, or with bone rotations [J, 4]."""
-        casting = cast(self.kit, seed) if isinstance(seed, int) else seed
+        casting = seed if isinstance(seed, Casting) else cast(self.kit, int(seed))
         body = self.bodies([casting])[0].numpy()
         normals = clothes.body_normals(self._normal_faces, body)
         hidden = np.zeros(len(body), bool)
@@ -224,7 +224,7 @@ class Sampler:
             if len(layer.faces):
                 layers[part] = layer
                 hidden |= hides
-        _arrange(layers, body)
+        _arrange(layers, body, normals)
         skin, filler = self._skin(casting, body, normals, hidden)
         eyes = self._worn(self.wearable("eyes", "eyes"), body, Paint(self._texels("iris", casting.iris)))
         brow = self.wearable(casting.brow, "brows")
@@ -300,7 +300,7 @@ class Sampler:
         return _clipped(whole, border), hides
 
 
-def _arrange(layers: dict[str, Layer], body: np.ndarray) -> None:
+def _arrange(layers: dict[str, Layer], body: np.ndarray, normals: np.ndarray) -> None:
     """Outer layers in front of inner ones, in place."""
     for outer, inner in (("bottom", "shoes"), ("top", "bottom"), ("hair", "top")):
         if outer not in layers or inner not in layers:
@@ -308,6 +308,9 @@ def _arrange(layers: dict[str, Layer], body: np.ndarray) -> None:
         above, below = layers[outer], layers[inner]
         if inner == "bottom" and below.name.endswith("/onepiece"):  # overalls go over the shirt, which is tucked in
             moved = clothes.push_out(above.vertices, below.vertices, -below.normals, GAP["top"], reach=0.06)
+            moved = clothes.push_out(moved, body[BODY], normals[BODY], 0.002).astype(
+                np.float32
+            )  # but not into the skin
         else:
             moved = clothes.push_out(above.vertices, below.vertices, below.normals, GAP[outer])
         layers[outer] = replace(above, vertices=moved)
