@@ -15,6 +15,7 @@ from torch import Tensor
 from backend.evaluation.portraits import GRID, PARTS, SIZE, Figure, cameras, draw, figure, part_of, photograph
 from backend.families.base import Attribute, AttributeValue, FamilyModel, HumanField, Latents
 from backend.geometry.mesh import TriMesh
+from backend.geometry.tetgrid import extract_surface
 from backend.protocol import PopulaceError
 
 Array = np.ndarray[Any, Any]
@@ -115,15 +116,14 @@ def _assembled(fields: Sequence[HumanField], whole: Figure, camera: Any, grid: i
     vertices, faces, parts, start = [], [], [], 0
     for field in fields:
         try:
-            made = figure(field, grid)
+            mesh = extract_surface(field, grid)  # not cleaned: a pair of shoes is two pieces
         except PopulaceError:  # wholly hidden under others
             continue
-        shift = torch.tensor([0.0, whole.drop - made.drop, 0.0])
-        vertices.append(made.mesh.vertices + shift)
-        faces.append(made.mesh.faces + start)
+        vertices.append(mesh.vertices.cpu() + torch.tensor([0.0, whole.drop, 0.0]))
+        faces.append(mesh.faces.cpu() + start)
         name = field.name if field.name in PARTS else "body"
-        parts.append(torch.full((len(made.mesh.faces),), 1 + PARTS.index(name)))
-        start += len(made.mesh.vertices)
+        parts.append(torch.full((len(mesh.faces),), 1 + PARTS.index(name)))
+        start += len(mesh.vertices)
     mesh = TriMesh(torch.cat(vertices), torch.cat(faces), torch.cat(vertices))
     face = draw(mesh, camera, 2 * SIZE).face_id[:, 1::2, 1::2]
     return torch.where(face >= 0, torch.cat(parts)[face.clamp(min=0)], 0).numpy()

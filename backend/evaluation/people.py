@@ -276,6 +276,7 @@ def health_figures(people: Sequence[Portrait]) -> dict[str, float]:
     return {
         "closed": float(np.mean([f["closed"] for f in facts])),
         "one_component": float(np.mean([f["components"] == 1 for f in facts])),
+        "pieces_before_cleaning_median": float(np.median([f["pieces"] for f in facts])),
         "genus_median": float(np.median([f["genus"] for f in facts if f["closed"]] or [-1])),
         "no_self_intersections": float(np.mean([c == 0 for c in crossing])),
         "self_intersections_median": float(np.median(crossing)),

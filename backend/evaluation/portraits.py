@@ -123,6 +123,7 @@ class Figure:
 
     field: HumanField
     mesh: TriMesh
+    pieces: int = 1  # of the surface before cleaning, inner shells and floaters included
 
     @property
     def height(self) -> float:
@@ -142,10 +143,12 @@ class Figure:
 @torch.no_grad()
 def figure(field: HumanField, grid: int = GRID) -> Figure:
     """The surface of a field on its feet. Raises PopulaceError("empty_surface")."""
-    mesh = clean(extract_surface(field, grid))
+    raw = extract_surface(field, grid)
+    mesh = clean(raw)
     floor = mesh.vertices[:, 1].min()
     vertices = mesh.vertices - torch.stack([torch.zeros_like(floor), floor, torch.zeros_like(floor)])
-    return Figure(field, TriMesh(vertices.cpu(), mesh.faces.cpu(), mesh.points))
+    pieces = int(health.topology(raw.faces.cpu().numpy())["components"] or 0)
+    return Figure(field, TriMesh(vertices.cpu(), mesh.faces.cpu(), mesh.points), pieces)
 
 
 def part_of(field: HumanField, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
@@ -243,7 +246,7 @@ def generated(model: FamilyModel, latents: Latents, grid: int = GRID) -> Portrai
     canonical = canonical.to(mesh.points.device)
     masks = draw(mesh, lightfield.cameras(bounds_of(mesh)), SILHOUETTE).mask.numpy()
     vertices, faces = mesh.vertices.numpy(), mesh.faces.numpy()
-    facts = {"height_m": made.height, "faces": len(faces), **health.topology(faces),
+    facts = {"height_m": made.height, "faces": len(faces), "pieces": made.pieces, **health.topology(faces),
              "self_intersections": health.self_intersections(vertices, faces)}  # fmt: skip
     with torch.no_grad():
         colors = (made.field.color(canonical).clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
