@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,16 +30,8 @@ from backend.families.people.config import BODY_DIM, PARTS, Z_DIM
 from backend.families.people.model import PeopleField, PeopleModel, PeopleNetworks
 from backend.networks.triplane import Volume
 from backend.render.volume import Guide, Rendered, camera_rays, guide_from, render_guided, render_uniform
-from backend.training import checkpoint
-from backend.training.discriminators import (
-    KINDS,
-    Discriminator,
-    discriminator_loss,
-    generator_loss,
-    r1_penalty,
-    view_code,
-)
-from backend.training.loop import Phase
+from backend.training import gan
+from backend.training.discriminators import KINDS
 from backend.training.people_scene import PeopleScene, part_distances
 from backend.training.views import ASPECT, FRAMES, Reals, camera_of, random_views
 
@@ -58,27 +50,19 @@ CODE_NAMES = ("body/shape", "body/tex", *(f"{p}/{k}" for p in PARTS for k in ("s
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(gan.Settings):
     """One size of the stage. Rates and weights were chosen on `tiny` and `small`; `base` is untested."""
 
     height: int = 64  # of pictures; width is 3/4 of it
     low_factor: int = 1  # the guiding picture is so much smaller
     coarse: int = 48  # samples of its rays
     beta: float = 0.004  # metres: softness of surfaces
-    batch: int = 4
-    base: int = 16  # channels of the critics at full size, and the most
-    limit: int = 64
     volume: int = 8  # cells along the side of feature volumes
     pool: int = 64  # real people that are rendered
     train: tuple[str, ...] = ("mapping", "tex")  # of "mapping", "tex", "shape"
-    rate_mapping: float = 1e-4
+    rate_mapping: float = 1e-4  # also of small networks that read planes
     rate_planes: float = 2e-3
     rate_shape: float = 2e-4
-    rate_critic: float = 2e-3
-    gamma: float = 1.0  # of R1
-    r1_every: int = 16
-    weight_mask: float = 0.5
-    weight_volume: float = 0.1
     prior_code: float = 1.0
     prior_volume: float = 1.0
     prior_depth: float = 10.0  # per metre
@@ -86,10 +70,6 @@ class Settings:
     prior_every: int = 4  # steps between depth and normal losses, which need the frozen model's picture
     weight_up: float = 0.0
     psi: float = 1.0
-    augment: float = 0.3  # probability of a shift and of a cut-out
-    half_life: float = 2000.0  # of the moving average, in samples
-    clip: float = 10.0
-    warm_up: int = 100  # steps in which only the critics learn: fresh ones would lead good weights astray
 
 
 SIZES = {
@@ -170,31 +150,6 @@ def volume_of(field: PeopleField, box: Volume, cells: int) -> Float[Tensor, "4 R
     return torch.cat([distance[:, None], colors], 1).T.reshape(4, cells, cells, cells)
 
 
-def augment(pictures: Tensor, views: Tensor, keys: Sequence[Sequence[int]], p: float) -> tuple[Tensor, Tensor]:
-    """Mirrored people seen from the mirrored side (half of them), shifts by up to an eighth and cut-outs of a third
-    with probability p: DiffAugment (Zhao et al. 2020). White comes in from outside. Differentiable."""
-    height, width = pictures.shape[2:]
-    out, angles = [], views.clone()
-    for i, (picture, key) in enumerate(zip(pictures, keys, strict=True)):
-        rng = np.random.default_rng(key)
-        flip, shift, cut = rng.random(3) < (0.5, p, p)
-        dy, dx = (int(rng.integers(-s // 8, s // 8 + 1)) for s in (height, width))
-        top, left = int(rng.integers(height - height // 3 + 1)), int(rng.integers(width - width // 3 + 1))
-        if flip:
-            picture = picture.flip(2)
-            angles[i, 0] = -angles[i, 0]
-        if shift:
-            empty = picture.new_tensor([1.0, 1.0, 1.0, -1.0])[:, None, None]
-            pad = functional.pad(picture - empty, (width // 8,) * 2 + (height // 8,) * 2) + empty
-            picture = pad[:, height // 8 + dy : height // 8 + dy + height, width // 8 + dx : width // 8 + dx + width]
-        if cut:
-            keep = torch.ones(height, width, device=picture.device)
-            keep[top : top + height // 3, left : left + width // 3] = 0
-            picture = picture * keep
-        out.append(picture)
-    return torch.stack(out), angles
-
-
 def angle_between(a: Float[Tensor, "N 3"], b: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
     """Radians between unit vectors, with a gradient also where they agree: 2 asin(|a - b| / 2)."""
     return 2 * torch.asin(((a - b).square().sum(1) + 1e-8).sqrt().div(2).clamp(max=0.999))
@@ -203,7 +158,7 @@ def angle_between(a: Float[Tensor, "N 3"], b: Float[Tensor, "N 3"]) -> Float[Ten
 # --- the stage --------------------------------------------------------------------------------------------------------
 
 
-class AdversarialStage:
+class AdversarialStage(gan.Game):
     """See `loop.Stage`."""
 
     def __init__(
@@ -211,31 +166,18 @@ class AdversarialStage:
         name: Literal["adversarial", "superres"] = "adversarial",
     ) -> None:  # fmt: skip
         """`model` is trained in place (call `finish` to put the averages in); what it was is the anchor."""
-        self.name, self.settings, self.seed, self.reals = name, settings, seed, reals
-        self.batch, self.device = settings.batch, model.device
-        self.size = (settings.height, round(settings.height * ASPECT))
+        self.name, self.settings, self.pool = name, settings, reals
         self.model = model
         self.teacher = PeopleModel(copy.deepcopy(model.networks), model.facts, model.device, None)
-        self.kinds = trainable(model.networks, settings.train)
-        self.learned = {k: v for group in self.kinds.values() for k, v in group.items()}
-        for parameter in self.learned.values():
-            parameter.requires_grad_(True)
-        self.average = checkpoint.MovingAverage(self.learned, settings.half_life)
-        generator_state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        common = {"base": settings.base, "limit": settings.limit, "group": 2}
-        self.critics = nn.ModuleDict({
-            "picture": Discriminator(4, self.size, condition=14, **common),
-            "mask": Discriminator(1, self.size, condition=14, **common),
-            "volume": Discriminator(4, (settings.volume,) * 3, condition=len(VOLUMES), **common),
-        }).to(self.device)  # fmt: skip
-        torch.set_rng_state(generator_state)
+        kinds = trainable(model.networks, settings.train)
         rates = {"mapping": settings.rate_mapping, "tex": settings.rate_planes, "shape": settings.rate_shape}
-        self.generator_optimiser = torch.optim.Adam(
-            [{"params": list(self.kinds[k].values()), "lr": rates[k]} for k in settings.train], betas=(0.0, 0.99)
-        )
-        self.critic_optimiser = torch.optim.Adam(self.critics.parameters(), settings.rate_critic, betas=(0.0, 0.99))
-        self.low_picture: Tensor | None = None
+        groups = []
+        for kind, parameters in kinds.items():
+            planes = {k: v for k, v in parameters.items() if v.ndim > 2}
+            groups += [(planes, rates[kind]), ({k: v for k, v in parameters.items() if k not in planes},
+                                               settings.rate_mapping)]  # fmt: skip
+        size = (settings.height, round(settings.height * ASPECT))
+        super().__init__(settings, groups, size, (settings.volume, len(VOLUMES)), model.device, seed)
 
     # --- fakes ---
 
@@ -261,10 +203,7 @@ class AdversarialStage:
                 at = dataclasses.replace(at, asked=at.asked.new_ones(len(at.asked), len(scene.parts)))
         return render_guided(scene, rays, at, s.beta, normals), at, low
 
-    def _fakes(
-        self, step: int, samples: range, anchored: bool = True
-    ) -> tuple[list[PeopleField], Tensor, Tensor, dict[str, Tensor]]:
-        """Fields, pictures [2 N, 4, H, W] (all bodies first), views, and the anchors' losses if wanted."""
+    def fakes(self, step: int, samples: range, anchored: bool = True) -> gan.Fakes:
         s = self.settings
         fields, pictures, views = [], [], []
         anchors: dict[str, list[Tensor]] = {"code": [], "volume": [], "depth": [], "normal": [], "up": []}
@@ -302,8 +241,18 @@ class AdversarialStage:
         kinds = len(KINDS)
         order = [n * kinds + k for k in range(kinds) for n in range(len(samples))]
         all_views = torch.cat(views)[order].to(self.device)
-        means = {k: torch.stack(v).mean() for k, v in anchors.items() if v}
-        return fields, torch.stack(pictures)[order], all_views, means
+        weights = {"code": s.prior_code, "volume": s.prior_volume, "depth": s.prior_depth * s.prior_every,
+                   "normal": s.prior_normal * s.prior_every, "up": s.weight_up}  # fmt: skip
+        losses = {k: (weights[k], torch.stack(v).mean()) for k, v in anchors.items() if v}
+        return gan.Fakes(torch.stack(pictures)[order], all_views, *self._volumes(fields, step, samples), losses)
+
+    @torch.no_grad()
+    def reals(self, step: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Volumes are those of other people of the frozen model."""
+        fields = [self.teacher.decode(mapped(self.teacher, draw_z([self.seed, step, i, 8], self.device), 1.0))[0]
+                  for i in samples]  # fmt: skip
+        pictures, views = self.pool.draw([[self.seed, step, i, 5] for i in samples], self.device)
+        return pictures, views, self._volumes(fields, step, samples)[0]
 
     def _compare(
         self, guide: PeopleScene, scene: PeopleScene, view: np.ndarray, at: Guide, out: Rendered
@@ -324,110 +273,10 @@ class AdversarialStage:
     def _box(self, step: int, sample: int) -> int:
         return int(np.random.default_rng([self.seed, step, sample, 3]).integers(len(VOLUMES)))
 
-    # --- steps ---
-
-    def phases(self, step: int, samples: range) -> Iterator[Phase]:
-        kept: dict[str, Any] = {}
-
-        def generator() -> tuple[Tensor, dict[str, float]]:
-            s = self.settings
-            fields, pictures, views, anchors = self._fakes(step, samples)
-            volumes, boxes = self._volumes(fields, step, samples)
-            kept.update(pictures=pictures.detach(), views=views, volumes=volumes.detach(), boxes=boxes)
-            shown, angles = augment(pictures, views, self._keys(step, samples, 4), s.augment)
-            code = view_code(angles)
-            adversarial = (
-                generator_loss(self._score("picture", shown, code))
-                + s.weight_mask * generator_loss(self._score("mask", shown[:, 3:], code))
-                + s.weight_volume * generator_loss(self._score("volume", volumes, boxes))
-            )
-            weights = {"code": s.prior_code, "volume": s.prior_volume, "depth": s.prior_depth * s.prior_every,
-                       "normal": s.prior_normal * s.prior_every, "up": s.weight_up}  # fmt: skip
-            total = adversarial + sum(weights[k] * v for k, v in anchors.items())
-            return total, {k: float(v.detach()) for k, v in anchors.items()} | {"fool": float(adversarial.detach())}
-
-        def critic() -> tuple[Tensor, dict[str, float]]:
-            s = self.settings
-            reals, real_views = self.reals.draw([[self.seed, step, i, 5] for i in samples], self.device)
-            lazily = step % s.r1_every == 0
-            keys = self._keys(step, samples, 6)
-            shown, angles = augment(kept["pictures"], kept["views"], keys, s.augment)
-            true, true_angles = augment(reals, real_views, self._keys(step, samples, 7), s.augment)
-            with torch.no_grad():
-                real_volumes = self._teacher_volumes(step, samples)
-            loss, figures = torch.zeros((), device=self.device), {}
-            for name, weight, fake, real, codes in (
-                ("picture", 1.0, shown, true, (view_code(angles), view_code(true_angles))),
-                ("mask", 1.0, shown[:, 3:], true[:, 3:], (view_code(angles), view_code(true_angles))),
-                ("volume", 1.0, kept["volumes"], real_volumes, (kept["boxes"], kept["boxes"])),
-            ):
-                real = real.detach().requires_grad_(lazily)
-                scores = self._score(name, real, codes[1], exact=lazily)
-                of_fakes = self._score(name, fake, codes[0])
-                loss = loss + weight * discriminator_loss(scores, of_fakes)
-                if lazily:
-                    penalty = r1_penalty(scores, real)
-                    loss = loss + s.gamma / 2 * s.r1_every * penalty
-                    figures[f"{name}_r1"] = float(penalty.detach())
-                figures[f"{name}_real"], figures[f"{name}_fake"] = (
-                    float(scores.detach().mean()),
-                    float(of_fakes.detach().mean()),
-                )
-            return loss, figures
-
-        if step < self.settings.warm_up:
-            with torch.no_grad():
-                fields, pictures, views, _ = self._fakes(step, samples, anchored=False)
-                volumes, boxes = self._volumes(fields, step, samples)
-            kept.update(pictures=pictures, views=views, volumes=volumes, boxes=boxes)
-        else:
-            self.critics.requires_grad_(False)
-            yield Phase("generator", self.generator_optimiser, generator, self.settings.clip)
-        self.critics.requires_grad_(True)
-        yield Phase("critic", self.critic_optimiser, critic, self.settings.clip)
-
-    def _keys(self, step: int, samples: range, purpose: int) -> list[list[int]]:
-        return [[self.seed, step, i, purpose, k] for k in range(len(KINDS)) for i in samples]
-
-    def _score(self, name: str, x: Tensor, condition: Tensor, exact: bool = False) -> Tensor:
-        """bf16 on CUDA, unless a gradient of the gradient is wanted."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and not exact):
-            return self.critics[name](x, condition).float()
-
     def _volumes(self, fields: Sequence[PeopleField], step: int, samples: range) -> tuple[Tensor, Tensor]:
         boxes = torch.tensor([self._box(step, i) for i in samples])
         volumes = [volume_of(f, VOLUMES[int(b)], self.settings.volume) for f, b in zip(fields, boxes, strict=True)]
         return torch.stack(volumes), functional.one_hot(boxes, len(VOLUMES)).float().to(self.device)
-
-    def _teacher_volumes(self, step: int, samples: range) -> Tensor:
-        """Volumes of other people of the frozen model, in the boxes of this step's fakes."""
-        fields = [self.teacher.decode(mapped(self.teacher, draw_z([self.seed, step, i, 8], self.device), 1.0))[0]
-                  for i in samples]  # fmt: skip
-        return self._volumes(fields, step, samples)[0]
-
-    def after(self, step: int) -> dict[str, float]:
-        self.average.update(self.batch, (step + 1) * self.batch)
-        return {}
-
-    # --- state ---
-
-    def state(self) -> dict[str, Tensor]:
-        return (
-            checkpoint.with_prefix("generator", self.learned)
-            | checkpoint.with_prefix("average", self.average.values)
-            | checkpoint.with_prefix("critics", self.critics.state_dict())
-            | checkpoint.with_prefix("generator_adam", checkpoint.pack_optimiser(self.generator_optimiser))
-            | checkpoint.with_prefix("critic_adam", checkpoint.pack_optimiser(self.critic_optimiser))
-        )
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in checkpoint.under_prefix("generator", state).items():
-                self.learned[name].copy_(value)
-        self.average.load(checkpoint.under_prefix("average", state))
-        self.critics.load_state_dict(checkpoint.under_prefix("critics", state))
-        checkpoint.unpack_optimiser(self.generator_optimiser, checkpoint.under_prefix("generator_adam", state))
-        checkpoint.unpack_optimiser(self.critic_optimiser, checkpoint.under_prefix("critic_adam", state))
 
     @torch.no_grad()
     def show(self, count: int, key: int = 0) -> tuple[Float[Tensor, "2N 4 H W"], Float[Tensor, "2N 3"]]:
@@ -444,18 +293,10 @@ class AdversarialStage:
     def sheet(self, count: int = 6) -> np.ndarray:
         """Rows: bodies and heads of the model, bodies and heads of real people."""
         fakes, _ = self.show(count)
-        reals, _ = self.reals.draw([[0, i, 11] for i in range(count)], self.device)
+        reals, _ = self.pool.draw([[0, i, 11] for i in range(count)], self.device)
         rows = [row for source in (fakes, reals) for row in source[:, :3].split(count)]
         image = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
         return ((image.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-
-    @torch.no_grad()
-    def finish(self) -> PeopleModel:
-        """The model with the averaged weights in place."""
-        for name, parameter in self.learned.items():
-            parameter.copy_(self.average.values[name])
-            parameter.requires_grad_(False)
-        return self.model
 
 
 def _code_prior(latents: Latents, before: Latents) -> Tensor:

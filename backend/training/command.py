@@ -110,7 +110,8 @@ def _adversarial(stage: str, args: argparse.Namespace, device: torch.device, wor
     outcome = loop.run(trained, folder, box, world, facts)
     log.info("%s: %d steps, ended by %s, %s", stage, outcome.steps, outcome.stopped, json.dumps(outcome.figures))
     if world.rank == 0:
-        write_weights(trained.finish(), args.resume / f"{stage}.safetensors")
+        trained.finish()
+        write_weights(model, args.resume / f"{stage}.safetensors")
     return outcome.stopped != "interrupted"
 
 
