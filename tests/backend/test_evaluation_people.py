@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 
 from backend import __main__ as cli
 from backend import families
@@ -370,3 +372,39 @@ def test_a_ball_is_reconstructed() -> None:
     assert found["ssim"] > 0.95
     assert found["label_iou"]["body"] > 0.98
     json.dumps(found, allow_nan=False)
+
+
+# --- sampled people ---------------------------------------------------------------------------------------------------
+
+KIT = Path(os.environ.get("MAKEHUMAN_DATA", Path(__file__).parents[3] / "shared" / "data" / "makehuman"))
+
+
+@pytest.mark.skipif(not (KIT / "3dobjs" / "base.obj").exists(), reason="no MakeHuman assets here")
+def test_sampled_people_are_seen_as_generated_ones_are() -> None:
+    pytest.importorskip("embreex")
+    from backend.evaluation.reference import SampledPeople
+    from backend.training.canonical import open_kit
+    from backend.training.sampler import Sampler
+
+    people_of = SampledPeople(KIT)
+    kit = open_kit(KIT)
+    people_of.sampler = Sampler(kit, kit.base.vertices * 0.1)  # the mean of 1500 people takes its time
+    assert people_of.seeds("test", 3) == [0, 9, 11]
+    portrait, reality = people_of.portrait(9), people_of.reality(9)
+    assert portrait.points.shape == (portraits.POINTS, 3)
+    assert portrait.points[:, 1].min() == pytest.approx(0, abs=0.01)
+    assert portrait.points[:, 1].max() == pytest.approx(portrait.facts["height_m"], abs=0.01)
+    assert portrait.facts["height_m"] == reality.height_m
+    assert (portrait.pictures[:3, 0, 0] == [219, 222, 224]).all()  # the background of generated people, too
+    assert set(np.unique(portrait.labels)) == {p - 1 for p in np.unique(portrait.parts) if p}
+    # points and picture agree: the front half of the points falls on pixels of the same part
+    camera, front = portraits.cameras(reality.head), reality.target.normals[:, 2] > 0.7
+    clip = portraits.to_clip(reality.target.points[front], camera.mvp[0])
+    column, row = (((clip[:, :2] * torch.tensor([1.0, -1.0]) + 1) / 2 * portraits.SIZE).long().numpy()).T
+    seen = portrait.parts[0][row, column].astype(int) - 1
+    assert (seen == reality.target.labels[front].numpy()).mean() > 0.85
+    # what a view sees through lies in front of the nearest surface
+    _, nearest = cKDTree(reality.target.points.numpy()).query(reality.target.empty.numpy())
+    out = ((reality.target.empty - reality.target.points[nearest]) * reality.target.normals[nearest]).sum(1)
+    assert len(out) > 5000
+    assert (out > -0.005).float().mean() > 0.97
