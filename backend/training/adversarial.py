@@ -70,6 +70,7 @@ class Settings(gan.Settings):
     prior_every: int = 4  # steps between depth and normal losses, which need the frozen model's picture
     weight_up: float = 0.0
     psi: float = 1.0
+    sheet: int = 6  # people on a sample sheet
 
 
 SIZES = {
@@ -290,8 +291,9 @@ class AdversarialStage(gan.Game):
                 views.append(torch.from_numpy(seen))
         return torch.stack(pictures, 1).flatten(0, 1), torch.stack(views, 1).flatten(0, 1)
 
-    def sheet(self, count: int = 6) -> np.ndarray:
+    def sheet(self) -> np.ndarray:
         """Rows: bodies and heads of the model, bodies and heads of real people."""
+        count = self.settings.sheet
         fakes, _ = self.show(count)
         reals, _ = self.pool.draw([[0, i, 11] for i in range(count)], self.device)
         rows = [row for source in (fakes, reals) for row in source[:, :3].split(count)]

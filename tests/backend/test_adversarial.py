@@ -34,7 +34,8 @@ from backend.training.people_scene import PeopleScene, part_color, part_distance
 from backend.training.splits import split_of
 from backend.training.views import camera_of, make_reals, random_views
 
-MINI = dataclasses.replace(SIZES["tiny"], height=16, coarse=16, volume=4, batch=4, warm_up=1, prior_every=2, pool=4)
+MINI = dataclasses.replace(SIZES["tiny"], height=16, coarse=16, volume=4, batch=4, warm_up=1, prior_every=2, pool=4,
+                           sheet=1)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -200,7 +201,7 @@ def test_asking_for_parts_gives_their_columns(frozen: PeopleModel) -> None:
     own = found.gather(1, label[:, None]).squeeze(1)
     gap = (own - whole.gather(1, label[:, None]).squeeze(1)).abs()
     assert float((gap < 1e-6).float().mean()) > 0.98  # the rest lies where a part just begins to cover another
-    assert float(gap.max()) < 0.005
+    assert float(gap[whole.amin(1).abs() < 0.01].max()) < 0.005
     assert (found[:, 1:][~asked[:, 1:]] == 1).all()
     canonical = scene.canonical(points)
     union = part_distances(field, canonical).amin(1)
