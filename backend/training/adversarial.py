@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 from backend.families.base import Latents, seeded_normal
 from backend.families.people.config import BODY_DIM, PARTS, Z_DIM
 from backend.families.people.model import PeopleField, PeopleModel, PeopleNetworks
-from backend.networks.triplane import Volume
+from backend.networks.volumes import Volume
 from backend.render.volume import Guide, Rendered, camera_rays, guide_from, render_guided, render_uniform
 from backend.training import gan
 from backend.training.discriminators import KINDS
@@ -100,30 +100,14 @@ def draw_z(key: Sequence[int], device: torch.device) -> dict[str, Tensor]:
             for n in CODE_NAMES}  # fmt: skip
 
 
-def mapped(model: PeopleModel, z: Mapping[str, Tensor], truncation_psi: float) -> Latents:
-    """`model.sample` as a differentiable function of z and of the mapping networks."""
-
-    def through(name: str, condition: Tensor) -> Tensor:
-        return model.networks.mappings[name.replace("/", "_")](z[name], condition, truncation_psi)
-
-    codes = {"body/shape": through("body/shape", z["body/shape"].new_zeros(1, 0))}
-    attributes = model.networks.attributes(codes["body/shape"])
-    codes["body/tex"] = through("body/tex", attributes)
-    condition = torch.cat([attributes, codes["body/tex"][:, :3]], 1)
-    for part in PARTS:
-        shape = through(f"{part}/shape", condition)
-        if shape[0, -1] > 0:
-            codes[f"{part}/shape"] = shape
-            codes[f"{part}/tex"] = through(f"{part}/tex", condition)
-    return Latents(model.name, codes)
+KINDS_OF = {"mappings": "mapping", "textures": "tex", "body_tex": "tex", "shapes": "shape"}
 
 
 def trainable(networks: PeopleNetworks, kinds: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
     """Parameters by kind ("mapping", "tex", "shape") and name; the body's mapping stays: its people are measured."""
     found: dict[str, dict[str, nn.Parameter]] = {k: {} for k in kinds}
     for name, parameter in networks.named_parameters():
-        words = name.split(".")
-        kind = "mapping" if words[0] == "mappings" else words[2] if words[0] == "parts" else ""
+        kind = KINDS_OF.get(name.partition(".")[0], "")
         if kind in found and not name.startswith("mappings.body_shape."):
             found[kind][name] = parameter
     return found
@@ -211,9 +195,9 @@ class AdversarialStage(gan.Game):
         look_back = anchored and step % s.prior_every == 0
         for i in samples:
             z = draw_z([self.seed, step, i], self.device)
-            latents = mapped(self.model, z, s.psi)
+            latents = self.model.mapped(z, s.psi)
             with torch.no_grad():
-                before = mapped(self.teacher, z, s.psi)
+                before = self.teacher.mapped(z, s.psi)
                 worn = Latents(before.family, {k: v for k, v in before.codes.items() if k in latents.codes})
                 old = self.teacher.decode(worn)[0]
             anchors["code"].append(_code_prior(latents, before))
@@ -250,7 +234,7 @@ class AdversarialStage(gan.Game):
     @torch.no_grad()
     def reals(self, step: int, samples: range) -> tuple[Tensor, Tensor, Tensor]:
         """Volumes are those of other people of the frozen model."""
-        fields = [self.teacher.decode(mapped(self.teacher, draw_z([self.seed, step, i, 8], self.device), 1.0))[0]
+        fields = [self.teacher.decode(self.teacher.mapped(draw_z([self.seed, step, i, 8], self.device), 1.0))[0]
                   for i in samples]  # fmt: skip
         pictures, views = self.pool.draw([[self.seed, step, i, 5] for i in samples], self.device)
         return pictures, views, self._volumes(fields, step, samples)[0]
@@ -285,7 +269,7 @@ class AdversarialStage(gan.Game):
         pictures, views = [], []
         with self.average.in_place():
             for i in range(count):
-                scene = PeopleScene(self.model.decode(mapped(self.model, draw_z([key, i, 9], self.device), 1.0))[0])
+                scene = PeopleScene(self.model.decode(self.model.mapped(draw_z([key, i, 9], self.device), 1.0))[0])
                 seen = random_views([key, i, 10])
                 pictures.append(torch.stack([picture_of(self.render(scene, v, self.size)[0], self.size) for v in seen]))
                 views.append(torch.from_numpy(seen))

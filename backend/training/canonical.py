@@ -9,83 +9,28 @@ canonical space, in metres, Y up, facing +Z, barefoot floor at y = 0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numba
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 from scipy.sparse import coo_array, csgraph
 from scipy.spatial import cKDTree
 
+from backend.families.people.config import Grids, Size
+from backend.families.people.networks import BAND
+from backend.training.casting import SKIRT
 from backend.training.makehuman import BODY, Kit, Proxy, read_material, read_proxy
 
 log = logging.getLogger(__name__)
 
 DM = 0.1  # metres per MakeHuman unit
-TRUNCATION = 0.03  # metres: targets beyond this only have to be beyond this
 CONTROL_HELPERS = ("helper-skirt", "helper-hair")  # helpers that carry the deformation away from the skin
-
-
-# --- bodies -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bodies:
-    """Sampled rest bodies [B, 19158, 3] in metres with their attributes [B]."""
-
-    vertices: np.ndarray
-    attributes: dict[str, np.ndarray]
-
-
-def sample_bodies(kit: Kit, count: int, seed: int) -> Bodies:
-    """Adults with plausible, independent sliders. Detail noise follows the kit's notes: larger looks deformed."""
-    rng = np.random.default_rng(seed)
-    gender = np.where(rng.random(count) < 0.5, rng.beta(1.5, 9, count), rng.beta(9, 1.5, count))
-    age = 0.5 + 0.5 * rng.beta(1.0, 1.6, count)
-    races = rng.dirichlet((0.5, 0.5, 0.5), count)
-    sliders = {
-        "gender": gender,
-        "age": age,
-        "muscle": np.clip(rng.normal(0.5 + 0.15 * (gender - 0.5), 0.17, count), 0.05, 0.95),
-        "weight": np.clip(rng.normal(0.5, 0.17, count), 0.05, 0.98),
-        "height": np.clip(rng.normal(0.5, 0.06, count), 0.36, 0.64),
-        "proportions": rng.uniform(0.35, 0.95, count),
-        "cup": rng.beta(2, 2, count),
-        "firmness": rng.uniform(0.3, 0.9, count),
-        "african": races[:, 0],
-        "asian": races[:, 1],
-        "caucasian": races[:, 2],
-    }
-    details = np.zeros((count, len(kit.details)), np.float32)
-    column = {high: i for i, (_, high) in enumerate(kit.details)}
-    for high, i in column.items():
-        name = high.split("/")[-1]
-        if name.startswith("r-"):
-            twin = column.get("l-" + name[2:])
-            if twin is not None and twin < i:
-                details[:, i] = details[:, twin]
-                continue
-        coarse = any(word in name for word in ("scale", "trans", "measure", "head-"))
-        noise = rng.normal(0, 0.13 if coarse else 0.27, count)
-        lopsided = name.startswith("asym") or name in ("head-trans-in", "head-trans-out", "neck-trans-in",
-            "neck-trans-out", "torso-trans-in", "torso-trans-out", "hip-trans-in", "hip-trans-out")  # fmt: skip
-        details[:, i] = np.clip(noise, 0 if kit.details[i][0] is None else -1, 1) * (not lopsided)
-    for high, i in column.items():  # the left side may be listed after the right one
-        if high.startswith("r-") and "l-" + high[2:] in column:
-            details[:, i] = details[:, column["l-" + high[2:]]]
-    vertices = np.concatenate(
-        [
-            kit.people({k: v[i : i + 250] for k, v in sliders.items()}, details[i : i + 250])
-            for i in range(0, count, 250)
-        ]
-    )
-    vertices *= DM
-    vertices[..., 1] -= vertices[:, BODY, 1].min(1)[:, None]
-    height = vertices[:, BODY, 1].max(1)
-    return Bodies(vertices, {k: v.astype(np.float32) for k, v in sliders.items()} | {"height_m": height})
 
 
 # --- surfaces ---------------------------------------------------------------------------------------------------------
@@ -390,33 +335,22 @@ def _join(*many: Samples) -> Samples:
 
 @dataclass(frozen=True)
 class Item:
-    """One garment or hair style on the canonical body: field targets and coloured surface points."""
+    """One garment or hair style on the canonical body: its distances at the nodes of volumes, and coloured points."""
 
     part: str  # hair, top, bottom, shoes, accessory
     name: str
-    gender: str  # male, female, any
-    points: np.ndarray  # f32 [N, 3]
-    sdf: np.ndarray  # f32 [N], truncated
+    base: list[np.ndarray]  # per volume f32 [X, Y, Z]: distance to the surface, carried on where the cloth ends
+    edge: list[
+        np.ndarray
+    ]  # per volume f32, coarser: distance to the borders, positive beyond; -BAND where there is none
     surface: np.ndarray  # f32 [M, 3]
-    color: np.ndarray  # u8 [M, 3] as in the kit's texture
+    color: np.ndarray  # f32 [M, 3] as in the kit's texture
 
 
-def _field_points(rng, canonical, surface, lo, hi, count) -> np.ndarray:
-    """Where the field is supervised: near the item, near the skin, and anywhere in the box."""
-    n1, n2 = int(0.6 * count), int(0.25 * count)
-    near = surface[rng.integers(len(surface), size=n1)] + rng.normal(0, 1, (n1, 3)) * rng.choice(
-        [0.003, 0.008, 0.02], (n1, 1)
-    )
-    skin = canonical.skin.points
-    skin = skin[((skin > lo) & (skin < hi)).all(1)]
-    body = skin[rng.integers(len(skin), size=n2)] + rng.normal(0, 0.012, (n2, 3))
-    free = rng.uniform(lo, hi, (count - n1 - n2, 3))
-    return np.clip(np.concatenate([near, body, free]), lo, hi).astype(np.float32)
-
-
-def cloth_item(canonical: Canonical, proxy: Proxy, part: str, faces_kept: np.ndarray | None, name: str, gender: str):
+def cloth_item(
+    canonical: Canonical, proxy: Proxy, part: str, faces_kept: np.ndarray, name: str, grids: Sequence[Grids]
+) -> Item:
     """A garment of the kit: an open sheet around the body, taken as a solid that reaches into the body."""
-    rng = np.random.default_rng(abs(hash_name(name)))
     vertices = canonical.fit(proxy)
     faces, uvs = proxy.mesh.triangles(faces_kept)
     centre = vertices[faces].mean(1)
@@ -425,26 +359,90 @@ def cloth_item(canonical: Canonical, proxy: Proxy, part: str, faces_kept: np.nda
     if part != "accessory":  # linings look at the body; the solid has no inside to line
         keep = (normal * canonical.gradient(centre)).sum(1) > -0.35
         faces, uvs = faces[keep], uvs[keep]
-    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 250_000, seed=4)
+    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 400_000, seed=4)
     material = read_material(proxy.material)
     texture = read_texture(material["diffuseTexture"])
-    if "aomapTexture" in material:
-        ao = read_texture(material["aomapTexture"])[..., :3]
     rgb = lookup(texture, samples.uvs)[:, :3]
     if "aomapTexture" in material:
-        rgb = rgb * lookup(np.concatenate([ao, ao[..., :1]], -1), samples.uvs)[:, :3] ** 0.7
-    lo, hi = samples.points.min(0) - 0.04, samples.points.max(0) + 0.04
-    points = _field_points(rng, canonical, samples.points, lo, hi, 240_000)
-    sdf = signed_distance(samples, points)
-    pick = rng.permutation(len(samples.points))[:120_000]
-    return Item(
-        part, name, gender, points, np.clip(sdf, -TRUNCATION, TRUNCATION), samples.points[pick], to_u8(rgb[pick])
-    )
+        ao = read_texture(material["aomapTexture"])[..., :3]
+        # black where another piece of the outfit lay
+        rgb = rgb * np.maximum(lookup(np.concatenate([ao, ao[..., :1]], -1), samples.uvs)[:, :3], 0.6) ** 0.7
+    base, edge = [], []
+    for g in grids:
+        edge.append(np.full(g.volume.shape(g.edge_step), -BAND, np.float32))
+        if part == "accessory":
+            nodes = g.volume.nodes(g.step).reshape(-1, 3).numpy()
+            values = cKDTree(samples.points).query(nodes, workers=2)[0] - 0.005  # a shell: brims have a body
+            base.append(np.clip(values, -BAND, BAND).astype(np.float32).reshape(g.volume.shape(g.step)))
+            continue
+        base.append(carried_on(canonical, samples, g))
+        coarse = g.volume.nodes(g.edge_step).reshape(-1, 3).numpy()
+        values = border_distance(samples, coarse, canonical.sdf(coarse)).reshape(edge[-1].shape)
+        edge[-1] = np.clip(ndimage.gaussian_filter(values, 0.6), -0.1, 0.1)
+    return Item(part, name, base, edge, samples.points, rgb.astype(np.float32))
 
 
-def hair_item(canonical: Canonical, proxy: Proxy, name: str) -> Item:
-    """Alpha-cut cards become one smooth volume around the skull."""
-    rng = np.random.default_rng(abs(hash_name(name)))
+def border_distance(samples: Samples, queries: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
+    """Distance [N] to the rim of a sheet: positive beyond it, negative where the sheet is; -0.3 if it has no rim.
+
+    Which side of the rim a point is on is hard to tell far from the sheet: points above or below all of it are beyond,
+    and so are those next to the skin (`body` distance [N]) of head, chest and arms that lie away from it.
+    """
+    rims = np.flatnonzero(np.abs(samples.rim).sum(1) > 0)
+    if len(rims) == 0:
+        return np.full(len(queries), -0.3, np.float32)
+    rims = rims[:: max(1, len(rims) // 6000)]
+    inner = np.flatnonzero(np.abs(samples.rim).sum(1) == 0)
+    kept = np.concatenate([inner[:: max(1, len(inner) // 60_000)], rims])
+    distance = cKDTree(samples.points[rims]).query(queries, workers=2)[0]
+    index = kept[cKDTree(samples.points[kept]).query(queries, workers=2)[1]]
+    delta = queries - samples.points[index]
+    plane = np.abs((delta * samples.normals[index]).sum(1))
+    beyond = (delta * samples.rim[index]).sum(1) > 0.25 * plane + 1e-4
+    low, high = samples.points[:, 1].min() - 0.004, samples.points[:, 1].max() + 0.004
+    beyond |= (queries[:, 1] > high) | (queries[:, 1] < low)
+    if body is not None:
+        off = np.linalg.norm(delta, axis=1) > 0.03
+        beyond |= off & (np.abs(body) < 0.03) & ((queries[:, 1] > 1.1) | (np.abs(queries[:, 0]) > 0.28))
+    return np.where(beyond, distance, -distance).astype(np.float32)
+
+
+def carried_on(canonical: Canonical, samples: Samples, grids: Grids) -> np.ndarray:
+    """Signed distance at grid nodes to a sheet, continued beyond its rim at the thickness that it ends with, so that
+    another garment's borders may be put on it; at least 3 mm outside of the skin."""
+    shape = grids.volume.shape(grids.step)
+    nodes = grids.volume.nodes(grids.step).reshape(-1, 3).numpy()
+    body = canonical.sdf(nodes)
+    thin = samples.points[:: max(1, len(samples.points) // 15_000)]
+    near = np.isfinite(cKDTree(thin).query(nodes, distance_upper_bound=0.045, workers=2)[0]) | (np.abs(body) < 0.04)
+    # far from everything only the side counts: inside the body, or enclosed by the sheet as between legs in a skirt
+    enclosed = np.zeros(len(nodes))
+    far = ~near & (body > 0)
+    coarse = grids.volume.nodes(4 * grids.step)
+    winding = winding_number(samples, coarse.reshape(-1, 3).numpy()).reshape(coarse.shape[:3])
+    local = (grids.volume.local(torch.from_numpy(nodes[far])).numpy() + 1) / 2 * (np.array(winding.shape) - 1)
+    enclosed[far] = ndimage.map_coordinates(winding, local.T, order=1, mode="nearest")
+    base = np.where((body < 0) | (enclosed > 0.5), -BAND, BAND)
+
+    border, sheet, thickness = np.full(len(nodes), 0.3), np.full(len(nodes), 1.0), np.zeros(len(nodes))
+    border[near] = border_distance(samples, nodes[near], body[near])
+    rimless = replace(samples, rim=np.zeros_like(samples.rim))
+    sheet[near] = signed_distance(rimless, nodes[near], lambda q: canonical.sdf(q) < 0)
+    held = border < -0.004
+    thickness[held] = (body - sheet)[held]
+    known = (held & (np.abs(sheet) < 0.02) & (np.abs(thickness) < 0.06)).reshape(shape)
+    at = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+    spread = np.clip(thickness.reshape(shape)[tuple(at)], 0.003, 0.03)
+    spread = ndimage.gaussian_filter(spread, 2.0).ravel()
+    t = np.clip((border - 0.002) / 0.016, 0, 1)
+    t = t * t * (3 - 2 * t)
+    base[near] = (sheet * (1 - t) + (body - spread) * t)[near]
+    return np.clip(np.minimum(base, body - 0.003), -BAND, BAND).astype(np.float32).reshape(shape)
+
+
+def hair_item(canonical: Canonical, proxy: Proxy, name: str, grids: Sequence[Grids]) -> Item:
+    """Alpha-cut cards become one smooth volume around the skull, trimmed where it would hide the eyes."""
+    rng = np.random.default_rng(hash_name(name))
     vertices = canonical.fit(proxy)
     head = canonical.template[BODY, 1].max() - 0.10
     centre = np.array([0, head, 0.02])
@@ -452,12 +450,12 @@ def hair_item(canonical: Canonical, proxy: Proxy, name: str) -> Item:
         np.linalg.norm(vertices - centre, axis=1, keepdims=True) + 1e-9
     )
     faces, uvs = proxy.mesh.triangles()
-    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 400_000, seed=5)
+    samples = sample_surface(vertices, faces, proxy.mesh.uvs, uvs, 600_000, seed=5)
     rgba = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)
     opaque = rgba[:, 3] > 0.5
     cards, rgb = samples.points[opaque], rgba[opaque, :3]
     lo, hi = cards.min(0) - 0.04, cards.max(0) + 0.04
-    grid = Grid.over(lo, hi, 0.003)
+    grid = Grid.over(lo, hi, 0.004)
     nodes = grid.nodes()
     shape = grid.values.shape
     distance = cKDTree(cards).query(nodes, distance_upper_bound=0.03, workers=2)[0].reshape(shape)
@@ -468,22 +466,28 @@ def hair_item(canonical: Canonical, proxy: Proxy, name: str) -> Item:
     under = (body < 0.004) & (distance < 0.022)  # hair sits on the scalp: no slit between
     solid = ndimage.binary_fill_holes(solid | closed | under)
     sdf = (ndimage.distance_transform_edt(~solid) - ndimage.distance_transform_edt(solid)) * grid.step
-    field = Grid(grid.lo, grid.step, ndimage.gaussian_filter(sdf, 1.2).astype(np.float32))
+    sdf = ndimage.gaussian_filter(sdf, 1.0)
+    # fringes end above the brows: an ellipse before the face is kept clear
+    across = nodes[:, 0] / 0.062, (nodes[:, 1] - canonical.eye_vertices[:, 1].mean() + 0.030) / 0.080
+    clear = np.maximum(np.hypot(*across) - 1, (0.05 - nodes[:, 2]) / 0.07) * 0.07
+    sdf = np.maximum(sdf, -clear.reshape(shape))
+    field = Grid(grid.lo, grid.step, sdf.astype(np.float32))
     cells = nodes[(np.abs(field.values) < 0.004).ravel()]
-    surface = cells[rng.integers(len(cells), size=120_000)] + rng.uniform(-0.0015, 0.0015, (120_000, 3))
-    points = _field_points(rng, canonical, surface, lo, hi, 240_000)
+    surface = cells[rng.integers(len(cells), size=400_000)] + rng.uniform(-0.0015, 0.0015, (400_000, 3))
     color = rgb[cKDTree(cards).query(surface, workers=2)[1]]
-    return Item(
-        "hair", name, "any", points, np.clip(field(points), -TRUNCATION, TRUNCATION),
-        surface.astype(np.float32), to_u8(color),
-    )  # fmt: skip
+    base = [
+        np.clip(field(g.volume.nodes(g.step).reshape(-1, 3).numpy()), -BAND, BAND).reshape(g.volume.shape(g.step))
+        for g in grids
+    ]
+    edge = [np.full(g.volume.shape(g.edge_step), -BAND, np.float32) for g in grids]
+    return Item("hair", name, base, edge, surface.astype(np.float32), color.astype(np.float32))
 
 
-def kit_items(canonical: Canonical) -> Iterator[Item]:
-    """Every garment, shoe, hat and hair style of the kit."""
+def kit_items(canonical: Canonical, size: Size) -> Iterator[tuple[str, str, Callable[[], Item]]]:
+    """Part, name and maker of every garment, shoe, hat and hair style of the kit, and of the skirt that others are cut
+    from."""
     kit = canonical.kit
     for name, entry in kit.garments().items():
-        proxy = read_proxy(kit.root / entry["file"])
         for piece in entry["parts"]:
             part = {"hat": "accessory", "outer": "top", "onepiece": "bottom"}.get(piece["label"], piece["label"])
             if name == "male_casualsuit05" and piece["label"] == "top":
@@ -492,19 +496,31 @@ def kit_items(canonical: Canonical) -> Iterator[Item]:
             if piece["label"] == "outer":
                 runs += [r for p in entry["parts"] if p["label"] == "top" for r in p["faces"]]
             kept = np.concatenate([np.arange(a, b + 1) for a, b in runs])
-            log.info("item %s/%s", name, part)
-            yield cloth_item(canonical, proxy, part, kept, f"{name}/{piece['label']}", entry["gender"])
-    for folder in sorted((kit.root / "hair").iterdir()):
-        log.info("item %s", folder.name)
-        yield hair_item(canonical, read_proxy(next(folder.glob("*.mhclo"))), folder.name)
+            called = f"{name}/{piece['label']}"
+            yield part, called, partial(
+                lambda file, *rest: cloth_item(canonical, read_proxy(kit.root / file), *rest),
+                entry["file"], part, kept, called, size.shape[part]
+            )  # fmt: skip
+    for folder in sorted(p for p in (kit.root / "hair").iterdir() if p.is_dir()):
+        yield "hair", folder.name, partial(
+            lambda folder: hair_item(
+                canonical, read_proxy(next(folder.glob("*.mhclo"))), folder.name, size.shape["hair"]
+            ), folder
+        )  # fmt: skip
+    yield "bottom", SKIRT, partial(skirt_item, canonical, size.shape["bottom"])
 
 
-def skirt_distance(canonical: Canonical) -> Grid:
-    """The kit's long straight skirt helper as a distance grid; skirts of any length are cut from it."""
+def skirt_item(canonical: Canonical, grids: Sequence[Grids]) -> Item:
+    """The kit's long straight skirt helper; skirts of any length are cut from it."""
     faces, uvs = canonical.kit.base.triangles(canonical.kit.base.groups["helper-skirt"])
     samples = sample_surface(canonical.template, faces, canonical.kit.base.uvs, uvs, 200_000, seed=6)
-    grid = Grid.over(samples.points.min(0) - 0.05, samples.points.max(0) + 0.05, 0.006)
-    return Grid(grid.lo, grid.step, signed_distance(samples, grid.nodes()).reshape(grid.values.shape))
+    base = []
+    for g in grids:
+        nodes = g.volume.nodes(g.step).reshape(-1, 3).numpy()
+        values = np.minimum(signed_distance(samples, nodes), canonical.sdf(nodes) - 0.004)
+        base.append(np.clip(values, -BAND, BAND).reshape(g.volume.shape(g.step)))
+    edge = [np.full(g.volume.shape(g.edge_step), -BAND, np.float32) for g in grids]
+    return Item("bottom", SKIRT, base, edge, samples.points, np.full((len(samples.points), 3), 0.5, np.float32))
 
 
 # --- skin -------------------------------------------------------------------------------------------------------------
@@ -524,14 +540,14 @@ class SkinAtlas:
     brow_names: tuple[str, ...]
 
 
-def skin_atlas(canonical: Canonical, count: int = 200_000) -> SkinAtlas:
+def skin_atlas(canonical: Canonical, count: int = 500_000) -> SkinAtlas:
     kit, rng = canonical.kit, np.random.default_rng(7)
     height = canonical.template[BODY, 1].max()
     skin, eye = canonical.skin, canonical.eye
     face = (skin.points[:, 1] > height - 0.26) & (skin.points[:, 2] > -0.02)
     weight = np.where(face, 3.0, np.where(np.abs(skin.points[:, 0]) > 0.35, 1.5, 1.0))
     pick = rng.choice(len(skin.points), count, replace=False, p=weight / weight.sum())
-    eye_pick = rng.integers(len(eye.points), size=20_000)
+    eye_pick = rng.integers(len(eye.points), size=60_000)
     points = np.concatenate([skin.points[pick], eye.points[eye_pick]])
     uvs = np.concatenate([skin.uvs[pick], eye.uvs[eye_pick]])
     is_eye = np.arange(len(points)) >= count

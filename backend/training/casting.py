@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backend.families.people.cut import OPEN, PATTERNS
+from backend.families.people.wardrobe import CUT, OPEN, PATTERNS, SKIRT
 from backend.training.makehuman import Kit
 
-CUT, SKIRT = "cut", "skirt"  # items that are no files: cut from the body's surface, or from the kit's skirt helper
 SHORT_HAIR = ("short01", "short03", "short04")
 DENIM = ((0.20, 0.29, 0.42), (0.12, 0.16, 0.28), (0.42, 0.50, 0.60), (0.10, 0.10, 0.12))
 NEUTRALS = ((0.07, 0.07, 0.08), (0.90, 0.90, 0.88), (0.45, 0.45, 0.47), (0.12, 0.15, 0.27), (0.70, 0.63, 0.51),
@@ -157,8 +156,10 @@ def wardrobe(kit: Kit) -> dict[str, list[tuple[str, str]]]:
     out: dict[str, list[tuple[str, str]]] = {p: [] for p in ("top", "bottom", "shoes", "accessory")}
     for asset, entry in kit.garments().items():
         for piece in entry["parts"]:
-            if asset == "male_casualsuit05" and piece["label"] == "top":
+            if (asset, piece["label"]) == ("male_casualsuit05", "top"):
                 continue  # only a shirt front: taken together with its jacket
+            if (asset, piece["label"]) == ("male_worksuit01", "top"):
+                continue  # braces are painted on it: fit for its own overalls alone
             part = {"hat": "accessory", "outer": "top", "onepiece": "bottom"}.get(piece["label"], piece["label"])
             out[part].append((f"{asset}/{piece['label']}", entry["gender"]))
     return out

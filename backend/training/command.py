@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         done = args.resume / f"{stage}.safetensors"
         if stage == "fit":
             if world.rank == 0:
-                _fit(args.kit, args.resume, args.size, args.seed, args.minutes)
+                _fit(args.kit, args.resume, args.size, args.seed)
             world.total([0], device)  # the others wait here
         elif not _adversarial(stage, args, device, world, args.minutes * SHARES[stage] / asked):
             return 130
@@ -77,15 +77,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(kit: Path, folder: Path, size: str, seed: int, minutes: float) -> None:
-    """Distil the parts from sampled people; writes `fit.safetensors` in the run folder."""
-    from backend.training import people, people_data, people_export
+def _fit(kit: Path, folder: Path, size: str, seed: int) -> None:
+    """The parts from the kit, the mappings from sampled people; writes `fit.safetensors` in the run folder."""
+    from backend.training import people
 
-    data, nets = folder / "data", folder / "nets"
-    if not (data / "items.json").exists():
-        people_data.build(kit, data, seed=seed)
-    people.train_all(data, nets, minutes, seed=seed)
-    people_export.export(data, nets, folder / "fit.safetensors", seed=seed)
+    people.fit(kit, folder, size, seed).replace(folder / "fit.safetensors")
 
 
 def _adversarial(stage: str, args: argparse.Namespace, device: torch.device, world: World, minutes: float) -> bool:
@@ -117,13 +113,9 @@ def _adversarial(stage: str, args: argparse.Namespace, device: torch.device, wor
 
 def write_weights(model: PeopleModel, path: Path) -> None:
     """The weights file of a model, replaced as a whole."""
-    from safetensors.torch import save_file
+    from backend.training.people import save
 
-    from backend.training.people_export import quantise
-
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(quantise(model.networks), temporary, metadata={"people": json.dumps(model.facts)})
-    temporary.replace(path)
+    save(model.networks, model.facts, path)
 
 
 def _start(folder: Path, stage: str) -> Path | None:

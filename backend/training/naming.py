@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backend.training.casting import CUT, SKIRT, Casting, Garment
+from backend.families.people.wardrobe import word_of
+from backend.training.casting import Casting, Garment
 from backend.training.makehuman import BODY
 from backend.training.person import LUMINANCE, Layer
 
@@ -24,22 +25,6 @@ COLORS = {
 
 EYES = {"brownlight": "light brown", "bluegreen": "blue-green", "deepblue": "deep blue", "ice": "ice blue",
         "lightblue": "light blue"}  # fmt: skip
-
-NAMES = {
-    "short01": "short", "short03": "short", "short04": "short", "bob01": "bob", "long01": "long",
-    "ponytail01": "ponytail", "braid01": "braid", "afro01": "afro",
-    "female_casualsuit01/top": "t-shirt", "female_casualsuit02/top": "t-shirt", "female_elegantsuit01/top": "blouse",
-    "male_casualsuit01/top": "shirt", "male_casualsuit02/top": "sweater", "male_casualsuit04/top": "t-shirt",
-    "male_casualsuit05/outer": "jacket", "male_casualsuit06/top": "t-shirt", "male_elegantsuit01/top": "suit jacket",
-    "male_worksuit01/top": "t-shirt",
-    "female_casualsuit01/bottom": "jeans", "female_casualsuit02/bottom": "shorts",
-    "female_elegantsuit01/bottom": "skirt", "male_casualsuit01/bottom": "jeans", "male_casualsuit02/bottom": "jeans",
-    "male_casualsuit04/bottom": "jeans", "male_casualsuit05/bottom": "jeans", "male_casualsuit06/bottom": "jeans",
-    "male_elegantsuit01/bottom": "trousers", "male_worksuit01/onepiece": "overalls",
-    "shoes01/shoes": "leather shoes", "shoes02/shoes": "sneakers", "shoes03/shoes": "leather shoes",
-    "shoes04/shoes": "leather shoes", "shoes05/shoes": "sneakers", "fedora/hat": "hat", "fedora_cocked/hat": "hat",
-}  # fmt: skip
-"""Plain names of the kit's items; items of other folders are called by their own name."""
 
 
 def color_name(rgb: np.ndarray) -> str:
@@ -61,17 +46,7 @@ def _lab(srgb: np.ndarray) -> np.ndarray:
 
 def item_name(part: str, garment: Garment) -> str:
     """A plain name of a garment or hair style."""
-    if garment.item == SKIRT:
-        return "long skirt" if garment.trims[0] < -0.1 else "skirt"
-    if garment.item == CUT and part == "top":
-        return "sweater" if garment.trims[0] > 0.6 else "t-shirt"
-    short = bool(garment.trims) and garment.trims[0] > -0.1
-    if garment.item == CUT:
-        return "shorts" if short else "trousers"
-    name = NAMES.get(garment.item, garment.item.split("/")[0])
-    if part == "top" and garment.trims and garment.trims[0] < 0.6 and name == "sweater":
-        return "t-shirt"
-    return "shorts" if short and name in ("trousers", "jeans") else name
+    return word_of(part, garment.item, garment.trims)
 
 
 def attributes(casting: Casting, body: np.ndarray, skin: Layer, layers: Mapping[str, Layer]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The training set of the `people` family on disk: made once per MakeHuman folder, a few minutes of CPU."""
+"""The training set of the `people` family on disk: made once per MakeHuman folder and size, a few minutes of CPU."""
 
 from __future__ import annotations
 
@@ -8,65 +8,56 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
-from backend.families.people.config import BODY_DIM
-from backend.training.canonical import (
-    CONTROL_HELPERS,
-    Canonical,
-    Grid,
-    kit_items,
-    open_kit,
-    sample_bodies,
-    skin_atlas,
-    skirt_distance,
-)
+from backend.families.people.config import ARM, BODY_DIM, BROW, BROWS, EYES, FACE, SIZES, SKIN, WHOLE, Size
+from backend.families.people.networks import BodyField
+from backend.networks.volumes import Side, six_sides
+from backend.training.canonical import CONTROL_HELPERS, DM, Canonical, Item, kit_items, open_kit, skin_atlas
+from backend.training.casting import Casting, cast
 from backend.training.makehuman import BODY, Kit
+from backend.training.splat import splat
+from backend.training.splits import seeds
 
 log = logging.getLogger(__name__)
 
-ATTRIBUTES = ("gender", "age", "height_m", "muscle", "weight")
+ATTRIBUTES = ("gender", "age", "height_m", "muscle", "weight", "african", "asian", "caucasian")
+FACE_WEIGHT = 2.5  # of the head's points in the body basis: faces are looked at more than bellies
+BASIS_PEOPLE = 1500  # bodies that the basis is made from; the template is their mean
 
 
-def build(kit_folder: Path, out: Path, people: int = 1500, seed: int = 0) -> None:
-    """Write everything training needs to `out`: body.npz, skin.npz, skirt.npz and one npz per garment or hair style."""
-    kit = open_kit(kit_folder)
+def build(kit_folder: Path, out: Path, size_name: str = "small", people: int = 4000) -> None:
+    """Write everything that the fit needs to `out`: castings' bodies, the body's field, skins, and an npz per item."""
+    kit, size = open_kit(kit_folder), SIZES[size_name]
     out.mkdir(parents=True, exist_ok=True)
-    log.info("sampling %d bodies", people)
-    bodies = sample_bodies(kit, people, seed)
-    template = bodies.vertices.mean(0).astype(np.float64)
-    template[:, 1] -= template[BODY, 1].min()
-    _body_file(kit, bodies.vertices, bodies.attributes, template, out)
-    del bodies
-    log.info("canonical body")
-    canonical = Canonical(kit, template)
-    fields = ("lo", "step", "values")
-    _save(out / "grids.npz", **{f"{n}/{k}": getattr(g, k) for n, g in canonical.grids.items() for k in fields})
-    log.info("skins")
-    skin = skin_atlas(canonical)
-    _save(out / "skin.npz", **{k: np.asarray(v) for k, v in vars(skin).items()})
-    skirt = skirt_distance(canonical)
-    _save(out / "skirt.npz", lo=skirt.lo, step=skirt.step, values=skirt.values)
-    pool = canonical.skin.points[np.random.default_rng(1).permutation(len(canonical.skin.points))[:200_000]]
-    _save(out / "pool.npz", skin=pool)
+    log.info("casting %d people", people)
+    castings = [cast(kit, seed) for seed in seeds("train", people)]
+    canonical = Canonical(kit, _bodies(kit, castings, out))
+    field = _body_field(canonical, size, out)
+    if not (out / "skin.npz").exists():
+        log.info("skins")
+        _skins(canonical, field, size, out)
     (out / "items").mkdir(exist_ok=True)
-    names = []
-    for i, item in enumerate(kit_items(canonical)):
-        names.append({"part": item.part, "name": item.name, "gender": item.gender, "file": f"items/{i:02d}.npz"})
-        _save(
-            out / names[-1]["file"], points=item.points, sdf=item.sdf, body=canonical.sdf(item.points),
-            surface=item.surface, color=item.color,
-        )  # fmt: skip
-    (out / "items.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+    listing = []
+    for i, (part, name, make) in enumerate(kit_items(canonical, size)):
+        listing.append({"part": part, "name": name, "file": f"items/{i:02d}.npz"})
+        if not (out / listing[-1]["file"]).exists():  # a killed run goes on here
+            log.info("item %s", name)
+            _save(out / listing[-1]["file"], **_item_arrays(make(), field, size))
+    (out / "items.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
 
 
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    np.savez(
-        path, **{k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in map(_as_array, arrays.items())}
-    )
+def _save(path: Path, **arrays: object) -> None:
+    """Written beside and renamed, so that what is there is whole."""
+    found = {k: np.asarray(v) for k, v in arrays.items()}
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **{k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in found.items()})  # type: ignore[arg-type]
+    temporary.replace(path)
 
 
-def _as_array(item: tuple[str, object]) -> tuple[str, np.ndarray]:
-    return item[0], np.asarray(item[1])
+# --- bodies -----------------------------------------------------------------------------------------------------------
 
 
 def control_points(kit: Kit, template: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,59 +77,187 @@ def control_points(kit: Kit, template: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return anchors, np.searchsorted(anchors, controls)
 
 
-def _body_file(kit: Kit, vertices: np.ndarray, attributes: dict, template: np.ndarray, out: Path) -> None:
-    """PCA of control points and joints; skin weights and bones of the game_engine rig."""
+def rest_bodies(kit: Kit, castings: list[Casting]) -> np.ndarray:
+    """Rest shapes f32 [B, 19158, 3] in metres, barefoot on y = 0."""
+    sliders = {k: np.array([c.sliders[k] for c in castings]) for k in castings[0].sliders}
+    vertices = kit.people(sliders, np.stack([c.details for c in castings])) * DM
+    vertices[..., 1] -= vertices[:, BODY, 1].min(1)[:, None]
+    return vertices
+
+
+def _bodies(kit: Kit, castings: list[Casting], out: Path) -> np.ndarray:
+    """body.npz: basis of control points and joints, everybody's coefficients and attributes, skin weights. Returns
+    the template f64 [19158, 3]."""
+    if (out / "body.npz").exists():
+        return np.load(out / "body.npz")["template"].astype(np.float64)
     names, parents, weights = kit.rig_weights()
     bones, joints = kit.rig
-    body_w = weights[BODY]
-    empty = body_w.sum(1) == 0
-    if empty.any():  # a few vertices have weights only in bones that the small rig lacks
-        from scipy.spatial import cKDTree
-
-        nearest = cKDTree(template[BODY][~empty]).query(template[BODY][empty])[1]
-        body_w[empty] = body_w[~empty][nearest]
+    batches = [rest_bodies(kit, castings[i : i + 250]) for i in range(0, BASIS_PEOPLE, 250)]
+    template = np.mean([b.mean(0, dtype=np.float64) * len(b) for b in batches], 0) * len(batches)
+    template /= sum(len(b) for b in batches)
+    template[:, 1] -= template[BODY, 1].min()
     anchors, controls = control_points(kit, template)
 
-    def bone_ends(v: np.ndarray) -> np.ndarray:
+    def points_of(v: np.ndarray) -> np.ndarray:
         ends = [[v[..., joints[bones[n][end]], :].mean(-2) for n in names] for end in ("head", "tail")]
-        return np.stack(ends[0] + ends[1], -2)
+        return np.concatenate([v[..., anchors, :], np.stack(ends[0] + ends[1], -2)], -2)
 
-    rest = np.concatenate([template[anchors], bone_ends(template)])
-    count = len(vertices)
-    flat = np.empty((count, rest.size), np.float32)
-    for i in range(count):
-        flat[i] = (np.concatenate([vertices[i][anchors], bone_ends(vertices[i])]) - rest).ravel()
-    flat -= flat.mean(0)
-    gram = flat @ flat.T
-    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    rest = points_of(template)
+    flat, heights = [], []
+    for i in range(0, len(castings), 250):
+        batch = batches[i // 250] if i < BASIS_PEOPLE else rest_bodies(kit, castings[i : i + 250])
+        heights.append(batch[:, BODY, 1].max(1))
+        flat.append((points_of(batch) - rest).astype(np.float32).reshape(len(batch), -1))
+    del batches
+    delta = np.concatenate(flat)
+    basis_of = delta[: min(BASIS_PEOPLE, len(delta))]
+    importance = np.where(np.arange(len(rest)) < len(anchors), 1.0, 1.0)
+    importance[: len(anchors)][(template[anchors, 1] > 1.40) & (np.abs(template[anchors, 0]) < 0.13)] = FACE_WEIGHT
+    w = np.repeat(importance, 3).astype(np.float32)
+    mean = basis_of.mean(0)
+    centred = (basis_of - mean) * w
+    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
     order = np.argsort(values)[::-1][:BODY_DIM]
-    scale = np.sqrt(values[order] / count)
-    coefficients = (vectors[:, order] * np.sqrt(count)).astype(np.float32)  # unit variance
-    basis = (vectors[:, order].T @ flat) / np.sqrt(values[order])[:, None] * scale[:, None]
-    error = np.abs(flat - coefficients @ basis)
-    log.info(
-        "body basis: %.3f mm mean, %.2f mm 99.9%% error", error.mean() * 1e3, np.quantile(error[:200], 0.999) * 1e3
-    )
-    skin = np.zeros((len(kit.base.vertices), len(names)), np.float32)
-    skin[BODY] = body_w
-    helpers = np.arange(BODY.stop, len(kit.base.vertices))
-    skin[helpers] = weights[helpers]
-    control_skin = skin[anchors][controls].mean(1)
-    control_skin[control_skin.sum(1) == 0, 0] = 1
-    top = np.argsort(-control_skin, 1)[:, :4]
-    top_w = np.take_along_axis(control_skin, top, 1)
+    spread = np.sqrt(values[order] / len(centred))
+    axes = (vectors[:, order] / np.sqrt(values[order])).T @ centred  # orthonormal in weighted space
+    coefficients = ((delta - mean) * w) @ axes.T / spread
+    basis = axes * spread[:, None] / w
+    rest = rest + mean.reshape(-1, 3)
+    error = np.abs(delta[:200] - mean - coefficients[:200] @ basis)
+    log.info("body basis: %.3f mm mean, %.2f mm 99.9%% error", error.mean() * 1e3, np.quantile(error, 0.999) * 1e3)
+    sliders = {k: np.array([c.sliders[k] for c in castings]) for k in castings[0].sliders}
+    attributes = sliders | {"height_m": np.concatenate(heights)}
+    skin_indices, skin_weights = _control_skin(weights, template, anchors, controls)
     _save(
         out / "body.npz",
         rest=rest, basis=basis.reshape(BODY_DIM, -1, 3), controls=controls.astype(np.int32), coefficients=coefficients,
-        attributes=np.stack([attributes[a] for a in ATTRIBUTES], 1),
-        races=np.stack([attributes[a] for a in ("african", "asian", "caucasian")], 1),
-        skin_indices=top.astype(np.uint8), skin_weights=top_w / top_w.sum(1, keepdims=True),
-        parents=np.array(parents), names=np.array(names), height=np.float32(template[BODY, 1].max()),
+        attributes=np.stack([attributes[a] for a in ATTRIBUTES], 1), body_anchors=int((anchors < BODY.stop).sum()),
+        skin_indices=skin_indices, skin_weights=skin_weights, parents=np.array(parents), names=np.array(names),
+        seeds=np.array([c.seed for c in castings]), template=template,
     )  # fmt: skip
+    return template
 
 
-def load_grids(folder: Path) -> dict[str, Grid]:
-    """The canonical body's distance grids."""
-    data = np.load(folder / "grids.npz")
-    names = sorted({k.split("/")[0] for k in data.files})
-    return {n: Grid(data[f"{n}/lo"], float(data[f"{n}/step"]), data[f"{n}/values"]) for n in names}
+def _control_skin(
+    weights: np.ndarray, template: np.ndarray, anchors: np.ndarray, controls: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Four bones and weights per control point."""
+    skin = weights.copy()
+    empty = skin[BODY].sum(1) == 0
+    if empty.any():  # a few vertices have weights only in bones that the small rig lacks
+        nearest = cKDTree(template[BODY][~empty]).query(template[BODY][empty])[1]
+        skin[BODY][empty] = skin[BODY][~empty][nearest]
+    dense = skin[anchors][controls].mean(1)
+    dense[dense.sum(1) == 0, 0] = 1
+    top = np.argsort(-dense, 1)[:, :4]
+    values = np.take_along_axis(dense, top, 1)
+    return top.astype(np.uint8), (values / values.sum(1, keepdims=True)).astype(np.float32)
+
+
+# --- the canonical body -----------------------------------------------------------------------------------------------
+
+
+def _body_field(canonical: Canonical, size: Size, out: Path) -> BodyField:
+    """field.npz: the body's distance and facing, at the nodes of the size's grids."""
+    field = BodyField(size)
+    with torch.no_grad():
+        for bank, (volume, step) in zip(field.distance, size.body, strict=True):
+            nodes = volume.nodes(step).reshape(-1, 3).numpy()
+            bank.basis.copy_(torch.from_numpy(canonical.sdf(nodes)).reshape(bank.basis.shape))
+        for bank, (volume, step) in zip(field.guide, size.guide, strict=True):
+            # smoothed well beyond features such as noses, so that neighbours face alike
+            fine = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape(step)), indexing="ij"), -1)
+            values = canonical.sdf(volume.nodes(step).reshape(-1, 3).numpy()).reshape(fine.shape[:3])
+            smooth = ndimage.gaussian_filter(values, 1.5)
+            bank.basis.copy_(torch.from_numpy(np.stack(np.gradient(smooth, step)).astype(np.float32)))
+    _save(out / "field.npz", **{k: v.numpy() for k, v in field.state_dict().items()},
+          bounds_low=canonical.template[BODY].min(0), bounds_high=canonical.template[BODY].max(0))  # fmt: skip
+    return field
+
+
+def facing_of(field: BodyField, points: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return field.facing(torch.from_numpy(points.astype(np.float32))).numpy()
+
+
+def _skins(canonical: Canonical, field: BodyField, size: Size, out: Path) -> None:
+    """skin.npz: principal planes of skins and brows, iris planes, and every material's coefficients."""
+    atlas = skin_atlas(canonical)
+    skin = ~atlas.is_eye
+    points, facing = atlas.points, facing_of(field, atlas.points)
+    means = np.stack([s[skin].mean(0) / 255 for s in atlas.skins])
+    boxes = ((FACE, size.face), (ARM, six_sides(size.arm)), (WHOLE, six_sides(size.skin)))
+    tones = [
+        [p for volume, sides in boxes for p in splat(volume, sides, points[skin], facing[skin], s[skin] / 255 / m - 1)]
+        for s, m in zip(atlas.skins, means, strict=True)
+    ]
+    arrays: dict[str, np.ndarray] = {"skin_palettes": means}
+    basis, arrays["skin_codes"] = principal(tones, SKIN.stop - SKIN.start)
+    arrays |= {f"skin_{i}": b for i, b in enumerate(basis)}
+    front = (Side(2, 1, size.brow),)
+    alphas = [splat(BROWS, front, points[skin], facing[skin], b[skin, None] / 255) for b in atlas.brows]
+    basis, arrays["brow_codes"] = principal(alphas, BROW.stop - BROW.start)
+    arrays["brow_0"] = basis[0]
+    front = (Side(2, 1, size.eye),)
+    eye = atlas.is_eye
+    irises = [
+        splat(EYES, front, points[eye], facing[eye], _natural(str(name), c[eye] / 255))[0]
+        for name, c in zip(atlas.iris_names, atlas.irises, strict=True)
+    ]
+    arrays["iris_0"] = np.stack(irises)
+    # before the eyeball the lids: what the front plane sees first is the farther out
+    arrays["eye_0"] = splat(EYES, front, points, facing, eye[:, None].astype(np.float32))[0][None]
+    _save(out / "skin.npz", **arrays, skin_names=np.array(atlas.skin_names), iris_names=np.array(atlas.iris_names),
+          brow_names=np.array(atlas.brow_names))  # fmt: skip
+
+
+def _natural(name: str, rgb: np.ndarray) -> np.ndarray:
+    """Iris colours; the kit's brown is blood red."""
+    if name != "brown":
+        return rgb
+    red = np.clip((rgb[:, :1] - 2 * rgb[:, 1:2]) * 8, 0, 1)
+    return rgb * (1 - red) + red * (1.5 * rgb.mean(1, keepdims=True) + 0.02) * [1.35, 0.9, 0.6]
+
+
+def principal(sets: list[list[np.ndarray]], rank: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Mean and principal directions of K sets of planes: bases [1 + rank, ...] per plane, and coefficients [K, rank] of
+    unit variance with set = mean + coefficients @ directions. Ranks beyond the data are zero."""
+    shapes = [p.shape for p in sets[0]]
+    flat = np.stack([np.concatenate([p.ravel() for p in planes]) for planes in sets]).astype(np.float64)
+    mean = flat.mean(0)
+    left, values, right = np.linalg.svd(flat - mean, full_matrices=False)
+    used = min(rank, len(flat) - 1)
+    spread = values[:used] / np.sqrt(len(flat))
+    codes = np.zeros((len(flat), rank))
+    codes[:, :used] = left[:, :used] * np.sqrt(len(flat))
+    basis = np.zeros((1 + rank, flat.shape[1]), np.float32)
+    basis[0] = mean
+    basis[1 : 1 + used] = right[:used] * spread[:, None]
+    log.info("%d sets, %d directions: %.1f %% of the variance", len(flat), used,
+             100 * (values[:used] ** 2).sum() / (values**2).sum())  # fmt: skip
+    cuts = np.cumsum([int(np.prod(s)) for s in shapes])[:-1]
+    return [b.reshape(1 + rank, *s) for b, s in zip(np.split(basis, cuts, 1), shapes, strict=True)], codes
+
+
+# --- items ------------------------------------------------------------------------------------------------------------
+
+
+def _item_arrays(item: Item, field: BodyField, size: Size) -> dict[str, np.ndarray]:
+    """Volumes as they are; colours as tone (light and dark about the median) and hue (what that leaves)."""
+    luminance = item.color @ np.array([0.3, 0.59, 0.11], np.float32)
+    median = max(float(np.median(luminance)), 0.03)
+    tone = np.clip(luminance / median, 0.15, 1.8)
+    if item.part == "hair":  # cards are darker between their strands than hair is
+        tone = np.clip(((luminance + 0.05) / (median + 0.05)) ** 0.5, 0.4, 1.25)
+    palette = np.concatenate([np.median(item.color, 0), np.quantile(item.color, 0.2, axis=0)])
+    hue = item.color - tone[:, None] * palette[:3]
+    facing = facing_of(field, item.surface)
+    arrays = {"palette": palette}
+    for kind, values in (("tone", tone[:, None] - 1), ("hue", hue)):
+        planes = [
+            p for c in size.tex[item.part] for p in splat(c.volume, getattr(c, kind), item.surface, facing, values)
+        ]
+        arrays |= {f"{kind}_{i}": p for i, p in enumerate(planes)}
+    for kind in ("base", "edge"):
+        arrays |= {f"{kind}_{i}": v for i, v in enumerate(getattr(item, kind))}
+    return arrays

@@ -8,7 +8,6 @@ it: where points go is the body's linear model, which the adversarial stage leav
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -121,11 +120,7 @@ class PeopleScene:
         return part_color(self.field, self.parts[part], self.canonical(points))
 
     def _layers(self, x: Tensor, worn: Sequence[str]) -> Float[Tensor, "N K"]:
-        field = self.field
-        if list(worn) != list(field.worn):
-            field = copy.copy(field)  # the same person wearing only what is asked for
-            field.worn = list(worn)
-        return part_distances(field, x)
+        return part_distances(self.field, x, worn)
 
     def _lowest(self) -> float:
         """Height of the lowest point of the surface: where columns of points under the feet first meet it."""
@@ -140,13 +135,13 @@ class PeopleScene:
         return float(torch.where(crossed, at, high[1]).amin())
 
 
-def part_distances(field: PeopleField, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N K"]:
-    """Signed distances to ("body", *field.worn) at canonical points."""
-    body = field.body_sdf(x)
-    return torch.stack([body + layer for layer in field._layers(x)], 1)
+def part_distances(
+    field: PeopleField, x: Float[Tensor, "N 3"], worn: Sequence[str] | None = None
+) -> Float[Tensor, "N K"]:
+    """Signed distances to the body and to what is `worn` (all there is, if None) at canonical points."""
+    return torch.stack(field.person.distances(x, worn)[0], 1)
 
 
 def part_color(field: PeopleField, part: str, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
     """Colour of one part at canonical points, whether or not it is the outermost there."""
-    tex = field.model.networks.parts[part].tex
-    return tex(field.tex_planes[part], field.codes[f"{part}/tex"][0, :6], x).clamp(0, 1)
+    return field.person.color(part, x, field.model.networks.body_field.facing(x)).clamp(0, 1)

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import trimesh
 
-from backend import weights
-from backend.families.people.model import SCALE, load
-from backend.networks.triplane import PlaneBank, Volume, gather
-from backend.training.canonical import Samples, sample_surface, signed_distance, winding_number
-from backend.training.people import ELBOW, SHOULDER, WRIST, arm_distance, pattern_mask, train
-from backend.training.people_export import find_clusters, quantise, transport
-
-CENTRE = np.array([0.0, 1.63, 0.06])  # of the volume of hats
+from backend.families.people import storage
+from backend.families.people.cut import ELBOW, OPEN, SHOULDER, WRIST, arm_distance, borders, pattern_mask
+from backend.families.people.networks import Mapping
+from backend.networks.volumes import GridBank, PlaneBank, Volume, read_grid, six_sides
+from backend.training.canonical import Samples, border_distance, sample_surface, signed_distance, winding_number
+from backend.training.mapping import fit_body, fit_choices, transport
+from backend.training.people_data import principal
+from backend.training.splat import splat
 
 
 def sampled(mesh: trimesh.Trimesh, count: int = 60_000) -> Samples:
@@ -75,107 +72,134 @@ def test_transport_reaches_clusters_and_respects_the_condition() -> None:
     assert (moved[:, 1] > 0).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_codes_that_occur_often_are_clusters_without_spread() -> None:
+def test_a_mapping_reaches_the_choices_and_truncates_to_real_codes() -> None:
     rng = np.random.default_rng(0)
-    often, rare = rng.normal(size=(3, 6)), rng.normal(size=(600, 6))
-    w = np.concatenate([np.repeat(often, 100, 0), rare])
-    centres, radii = find_clusters(w, w, 40, rng)
-    assert all((np.abs(centres[radii == 0] - code).max(1) < 1e-3).any() for code in often)
-    assert all((np.abs(w - c).max(1) < 1e-9).any() for c in centres)
-    assert (radii > 0).sum() > 20
+    n = 1500
+    condition = rng.choice([-1.0, 1.0], (n, 1))
+    choice = np.where(rng.random(n) < 0.85, condition[:, 0] > 0, condition[:, 0] < 0).astype(int)
+    w = np.concatenate([np.eye(2)[choice], rng.normal(0, 0.3, (n, 1)) + choice[:, None]], 1)
+    mapping = Mapping(4, 1, 3, 20, ((0, 2),), 32)
+    fit_choices(mapping, w, condition, steps=600)
+    z = torch.from_numpy(rng.normal(size=(2000, 4)).astype(np.float32))
+    for side in (-1.0, 1.0):
+        out = mapping(z, torch.full((2000, 1), side), 1.0).detach().numpy()
+        assert set(np.unique(out[:, :2])) <= {0.0, 1.0}  # a choice, not a mixture
+        assert (out[:, :2].sum(1) == 1).all()
+        assert out[:, 1].mean() == pytest.approx(0.85 if side > 0 else 0.15, abs=0.08)
+    still = mapping(z, torch.ones(2000, 1), 0.0).detach().numpy()
+    assert all((np.abs(w - code).max(1) < 1e-5).any() for code in np.unique(still, axis=0))
+
+
+def test_bodies_are_transported_to_their_distribution() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(1500, 4))
+    w[:, 0] = rng.choice([-1.0, 1.0], 1500) + rng.normal(0, 0.1, 1500)  # two sexes, nothing between
+    mapping = Mapping(4, 0, 4, 1, (), 32)
+    fit_body(mapping, w, active=2, steps=800)
+    out = (
+        mapping(torch.from_numpy(rng.normal(size=(1500, 4)).astype(np.float32)), torch.zeros(1500, 0)).detach().numpy()
+    )
+    assert (np.abs(out[:, 0]) < 0.5).mean() < 0.12  # of a Gaussian 38 % would lie there
+    assert out[:, 2:].std(0) == pytest.approx([1, 1], abs=0.1)
 
 
 def test_arm_distance_runs_along_the_bones_of_both_arms() -> None:
-    upper, lower = np.linalg.norm(ELBOW - SHOULDER), np.linalg.norm(WRIST - ELBOW)
-    points = np.stack([SHOULDER, ELBOW, WRIST, WRIST * [-1, 1, 1], [0, 1.2, 0]])
-    assert np.allclose(arm_distance(points), [0, upper, upper + lower, upper + lower, 0], atol=0.012)
+    shoulder, elbow, wrist = (np.array(p) for p in (SHOULDER, ELBOW, WRIST))
+    upper, lower = np.linalg.norm(elbow - shoulder), np.linalg.norm(wrist - elbow)
+    points = np.stack([shoulder, elbow, wrist, wrist * [-1, 1, 1]])
+    assert np.allclose(arm_distance(points), [0, upper, upper + lower, upper + lower], atol=0.012)
+    assert arm_distance(np.array([[0.0, 1.2, 0.0]]))[0] < -0.1  # the torso is no arm
 
 
-def test_stripes_repeat_and_plain_is_plain() -> None:
+def test_borders_cut_where_they_say() -> None:
+    y = np.linspace(0.56, 1.4, 85)
+    column = np.stack([np.zeros(85), y, np.zeros(85)], 1)
+    short = borders("top", (1.0, 0.0, -3.0, 0.0), column)
+    neck = np.minimum(y - 1.43 + 0.625 * 0.03, -0.055)  # no neckline; a hem at 0.885 m, nothing on the head
+    assert np.allclose(short, np.maximum.reduce([0.885 - y, arm_distance(column) - 0.49, neck, y - 1.49]))
+    assert (borders("top", OPEN["top"], column) < 0).all()
+    legs = np.stack([np.full(85, 0.1), y - 0.4, np.zeros(85)], 1)
+    assert np.allclose(borders("bottom", (0.0, 1.0), legs), np.maximum(0.39 - legs[:, 1], -0.19))
+    for part, trims in (("top", (-0.5, -0.6, 0.4, 0.3)), ("bottom", (0.5, -0.9))):  # torch and numpy agree
+        both = borders(part, torch.tensor(trims), torch.from_numpy(column.astype(np.float32)))
+        assert np.allclose(both.numpy(), borders(part, trims, column), atol=1e-6)
+
+
+def test_stripes_repeat_and_scale_doubles_the_period() -> None:
     y = np.linspace(0.5, 1.5, 801)
     points = np.stack([np.zeros(801), y, np.zeros(801)], 1)
     wide = pattern_mask("wide stripes", points)
     assert np.allclose(wide[80:], wide[:-80], atol=1e-6)  # a period of 0.1 m
     assert (wide.min(), wide.max()) == (0, 1)
-    assert not pattern_mask("plain", points).any()
+    assert np.allclose(pattern_mask("wide stripes", 2 * points, 1.0), wide)
 
 
-def test_volumes_blend_to_one_and_mirrors_agree() -> None:
-    banks = torch.nn.ModuleList([
-        PlaneBank(Volume("a", (0.3, 0, 0), (0.3, 0.3, 0.3), mirror=True), 2, 2, 8),
-        PlaneBank(Volume("b", (0.0, 0, 0), (0.2, 0.2, 0.2)), 2, 2, 8),
-    ])  # fmt: skip
-    with torch.no_grad():
-        for bank in banks:
-            bank.basis.fill_(0.5)
-    planes = [bank(torch.zeros(1, 2)) for bank in banks]
-    points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.7
-    features, held = gather(banks, planes, points)
-    x = points.abs()
-    inside = ((x < torch.tensor([0.6, 0.3, 0.3])) & (x[:, :1] > 0)).all(1) | (x < 0.2).all(1)
-    assert torch.equal(held, inside)
-    assert torch.allclose(features, torch.full_like(features, 0.5), atol=1e-5)
-    with torch.no_grad():
-        banks[0].basis.normal_(generator=torch.Generator().manual_seed(1))
-    planes = [bank(torch.ones(1, 2)) for bank in banks]
-    outer = torch.tensor([[0.4, 0.1, -0.2], [-0.4, 0.1, -0.2]])
-    left, right = gather(banks, planes, outer)[0]
-    assert torch.equal(left, right)
+def test_grids_mix_linearly_and_read_linear_fields_exactly() -> None:
+    volume = Volume("v", (0.1, 0.2, 0.3), (0.2, 0.1, 0.15), ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0)))
+    bank = GridBank(volume, 2, 0.03).requires_grad_(False)
+    nodes = volume.nodes(0.03)
+    for j, slope in enumerate(([1.0, 2.0, -1.0], [0.5, -1.0, 3.0])):
+        bank.basis[j] = nodes @ torch.tensor(slope)
+    inside = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    points = (inside * torch.tensor(volume.half_size)) @ torch.tensor(volume.axes) + torch.tensor(volume.centre)
+    values = read_grid(bank(torch.tensor([0.25, 0.75])), volume.local(points))[:, 0]
+    assert torch.allclose(values, points @ torch.tensor([0.625, -0.25, 2.0]), atol=1e-5)
 
 
-def test_quantised_planes_are_within_half_a_step(tmp_path: Path) -> None:
-    networks = load(torch.device("cpu"), weights.locate("people", tmp_path)).networks
-    exact, packed = networks.state_dict(), quantise(networks)
-    planes = [k for k in packed if k + SCALE in packed]
-    assert len(planes) >= 12
-    for key in planes:
-        scale = packed[key + SCALE].float()
-        # the scale itself is a half-precision number: 127 of its roundings come on top of half a step
-        assert ((packed[key].float() * scale - exact[key]).abs() <= scale * (0.5 + 127 * 2**-11) + 1e-7).all()
+def test_mirrored_volumes_read_the_same_on_both_sides() -> None:
+    volume = Volume("v", (0.3, 0, 0), (0.35, 0.3, 0.3), mirror=True)
+    points = torch.tensor([[0.4, 0.1, -0.2], [0.0, 0.2, 0.1]])
+    assert torch.equal(volume.local(points), volume.local(points * torch.tensor([-1, 1, 1])))
+    facing = torch.tensor([[0.8, 0.0, 0.6], [-0.8, 0.0, 0.6]])
+    turned = volume.turned(points * torch.tensor([[1, 1, 1], [-1, 1, 1]]), facing)
+    assert torch.allclose(turned[0], facing[0])
+    assert (volume.window(volume.local(torch.tensor([[0.0, 0.0, 0.0]]))) == 1).all()
 
 
-@pytest.fixture
-def hats(tmp_path: Path) -> Path:
-    """A training set of two balls as hats above a ball as body."""
+def test_splatted_colours_are_read_back() -> None:
+    """A ball with a smooth colour: planes made from its points give the colour again, at points never seen."""
     rng = np.random.default_rng(0)
-    data = tmp_path / "data"
-    (data / "items").mkdir(parents=True)
-    nodes = [np.linspace(-1, 2.5, 60)] * 3
-    body = np.linalg.norm(np.stack(np.meshgrid(*nodes, indexing="ij"), -1) - CENTRE, axis=-1) - 0.07
-    step = float(nodes[0][1] - nodes[0][0])
-    grid = {"lo": np.full(3, -1, np.float32), "step": np.float32(step), "values": body.astype(np.float32)}
-    np.savez(
-        data / "grids.npz", **{f"{n}/{k}": v for n in ("whole", "head", "hand_l", "hand_r") for k, v in grid.items()}
-    )
-    shell = rng.normal(size=(5000, 3))
-    shell *= 0.07 / np.linalg.norm(shell, axis=1, keepdims=True)
-    np.savez(data / "pool.npz", skin=(shell + CENTRE).astype(np.float32))
-    listing = []
-    for i, radius in enumerate((0.08, 0.1)):
-        points = (CENTRE + rng.uniform(-0.12, 0.12, (20_000, 3))).astype(np.float32)
-        from_centre = np.linalg.norm(points - CENTRE, axis=1).astype(np.float32)
-        surface = shell / 0.07 * radius + CENTRE
-        np.savez(data / f"items/{i}.npz", points=points, sdf=from_centre - radius, body=from_centre - 0.07,
-                 surface=surface.astype(np.float32), color=np.full((5000, 3), 60 + 100 * i, np.uint8))  # fmt: skip
-        listing.append({"part": "accessory", "name": str(i), "gender": "any", "file": f"items/{i}.npz"})
-    (data / "items.json").write_text(json.dumps(listing))
-    return data
+    volume, sides = Volume("ball", (0.0, 0.0, 0.0), (0.12, 0.12, 0.12)), six_sides(0.003)
+    directions = rng.normal(size=(60_000, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    points = 0.1 * directions
+    values = np.stack([np.sin(30 * points[:, 0]), points[:, 1] * 8, np.cos(20 * points[:, 2])], 1)
+    planes = splat(volume, sides, points[:50_000], directions[:50_000], values[:50_000])
+    bank = PlaneBank(volume, sides, 1, 3)
+    p, d = (torch.from_numpy(a[50_000:].astype(np.float32)) for a in (points, directions))
+    read = bank.read([torch.from_numpy(q) for q in planes], volume.local(p), d)
+    assert np.abs(read.numpy() - values[50_000:]).mean() < 0.02
 
 
-def test_training_learns_repeats_and_resumes(hats: Path, tmp_path: Path) -> None:
-    runs = [tmp_path / "run", tmp_path / "again"]
-    losses = [train(hats, run, "accessory.shape", max_steps=60, batch=2, count=400) for run in runs]
-    assert losses[0] == losses[1]
-    assert (runs[0] / "accessory.shape.safetensors").read_bytes() == (
-        runs[1] / "accessory.shape.safetensors"
-    ).read_bytes()
-    later = train(hats, runs[0], "accessory.shape", max_steps=60, batch=2, count=400)
-    assert json.loads((runs[0] / "accessory.shape.json").read_text())["steps"] == 120
-    assert later < 0.5 * losses[0]
-    assert train(hats, runs[0], "accessory.tex", max_steps=120, batch=2, count=400) < 0.15  # untrained: 0.25
-    assert not list(runs[0].glob("*.tmp"))
+def test_principal_directions_give_the_sets_back() -> None:
+    rng = np.random.default_rng(0)
+    sets = [[rng.normal(size=(1, 4, 5)), rng.normal(size=(1, 3, 2))] for _ in range(4)]
+    basis, codes = principal(sets, 5)
+    for k, planes in enumerate(sets):
+        for plane, b in zip(planes, basis, strict=True):
+            assert np.allclose(b[0] + np.tensordot(codes[k], b[1:], 1), plane, atol=1e-5)
 
 
-def test_training_is_boxed_in_time(hats: Path, tmp_path: Path) -> None:
-    train(hats, tmp_path, "accessory.shape", minutes=1e-4, max_steps=10**6, batch=1, count=50)
-    assert 1 <= json.loads((tmp_path / "accessory.shape.json").read_text())["steps"] < 10**4
+def test_a_border_is_where_the_sheet_ends(tube: Samples) -> None:
+    queries = np.array([[0.15, 0.9, 0], [0.15, 1.03, 0], [0.15, 0.5, 0], [0.16, 0.05, 0], [-0.14, -0.08, 0.0]])
+    assert np.allclose(border_distance(tube, queries), [-0.1, 0.03, -0.5, -0.051, 0.081], atol=0.004)
+
+
+def test_narrow_bands_keep_distances_to_half_a_step_and_signs_exactly() -> None:
+    rng = np.random.default_rng(0)
+    shape = np.clip(rng.normal(0, 0.05, (3, 6, 7, 8)), -0.03, 0.03).astype(np.float32)
+    shape[:, :2] = 0.03
+    shape[:, 5] = -0.03
+    state = {"a": shape, "b": rng.normal(size=(4, 2, 5, 5)).astype(np.float32), "c": np.float32([1.5, 2.5]),
+             "d": np.array([[3, 200]], np.uint8)}  # fmt: skip
+    packed = storage.pack(state, {"a": 0.03}, frozenset({"b"}))
+    assert packed["a"].dtype == packed["b"].dtype == np.int8
+    assert packed["a"].size < shape.size
+    back = storage.unpack(packed)
+    assert back.keys() == state.keys()
+    assert np.abs(back["a"] - shape).max() <= 0.03 / 127 / 2 + 1e-7
+    assert (back["a"][:, :2] == np.float32(0.03)).all()
+    assert (
+        np.abs(back["b"] - state["b"]) <= np.abs(state["b"]).reshape(4, -1).max(1).reshape(4, 1, 1, 1) / 254 + 1e-6
+    ).all()
+    assert np.array_equal(back["d"], state["d"])

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from backend.families.base import Code, FamilyInfo
+from backend.families.base import Attribute, Code, FamilyInfo
+from backend.families.people.wardrobe import CHOICES
+
+_PARTS = ("hair", "top", "bottom", "shoes", "accessory")
+EYES = ("blue", "bluegreen", "brown", "brownlight", "deepblue", "green", "grey", "ice", "lightblue")
 
 INFO = FamilyInfo(
     name="people",
@@ -12,7 +16,22 @@ INFO = FamilyInfo(
     inputs=("seed",),
     weights="people",
     licence="CC0-1.0",
+    attributes=(
+        Attribute("sex", "Female to male", "number"),
+        Attribute("age_years", "Age", "number", 25, 90, "years"),
+        Attribute("height_m", "Height", "number", 1.45, 2.05, "m"),
+        Attribute("weight", "Weight", "number"),
+        Attribute("muscle", "Muscle", "number"),
+        Attribute("skin_tone", "Skin tone", "number"),
+        Attribute("hair_color", "Hair colour", "color"),
+        Attribute("eye_color", "Eye colour", "choice", choices=EYES),
+        *(Attribute(f"{part}_color", f"{part.title()} colour", "color") for part in _PARTS[1:]),
+        *(Attribute(part, part.title(), "choice", choices=CHOICES[part]) for part in _PARTS),
+    ),
     codes={"body/shape": Code(64, normal=True), "body/tex": Code(32)}
-    | {f"{part}/{kind}": Code(32) for part in ("shoes", "bottom", "top", "hair", "accessory")
-       for kind in ("shape", "tex")},
-)  # fmt: skip
+    | {
+        f"{part}/{kind}": Code(32)
+        for part in ("shoes", "bottom", "top", "hair", "accessory")
+        for kind in ("shape", "tex")
+    },
+)

@@ -5,49 +5,115 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backend.networks.triplane import Volume
+from backend.networks.volumes import Side, Volume, six_sides
 
-SHAPE_DIM = 32  # w_shape per part; the last number says whether the part is worn (> 0)
-TEX_DIM = 32  # w_tex per part; the first six numbers are the palette: primary and secondary colour
+CODE_DIM = 32  # numbers of every code but the body's shape
 BODY_DIM = 64  # w_shape of the body
 Z_DIM = 8  # z per part and kind; the body's shape has BODY_DIM
 
 PARTS = ("shoes", "bottom", "top", "hair", "accessory")  # inner to outer: a part hides those before it
+ORDER = ("hair", "top", "bottom", "shoes", "accessory")  # in which they are chosen: later ones go with the top's colour
+CLOTH = ("top", "bottom")  # parts that may be cut from the body's own surface
+
+# --- what the numbers of a code mean ----------------------------------------------------------------------------------
+# body/tex:   palette (skin, brows), skin, brow and iris coefficients
+SKIN = slice(6, 18)
+BROW = slice(18, 23)
+IRIS = slice(23, 32)
+# part/shape: weights of the items from 0 on ("cut" last), trims, thickness, looseness, worn
+TRIM = slice(24, 28)
+THICK, LOOSE, WORN = 28, 29, 31  # in centimetres, in 5 cm per metre of height, > 0
+# part/tex:   palette (primary, secondary), then one of: the item's own colours, a pattern, plain; pattern scale
+OWN, PLAIN = 6, 12
+PATTERN = slice(7, 12)
+SCALE = 13
+
+MAX_ITEMS = TRIM.start
 
 
 @dataclass(frozen=True)
-class Bank:
-    """One volume with the rank and resolution of its planes."""
+class Grids:
+    """Where a part's distances live, and how fine."""
 
     volume: Volume
-    rank: int
-    resolution: int
-    channels: int = 8
+    step: float  # of the surface
+    edge_step: float  # of the distance to the borders, which is smoother
 
 
 @dataclass(frozen=True)
-class PartConfig:
-    shape: tuple[Bank, ...]
-    tex: tuple[Bank, ...]
-    hidden: int = 48
+class Colors:
+    """Where a part's colours live, and how fine."""
+
+    volume: Volume
+    tone: tuple[Side, ...]  # light and dark
+    hue: tuple[Side, ...]  # what tone times palette leaves of the kit's own colours
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the family."""
+
+    body: tuple[tuple[Volume, float], ...]  # coarse to fine
+    guide: tuple[tuple[Volume, float], ...]
+    shape: dict[str, tuple[Grids, ...]]
+    tex: dict[str, tuple[Colors, ...]]
+    face: tuple[Side, ...]
+    skin: float  # texels of the rest of the body
+    arm: float
+    eye: float
+    brow: float
+    width: int  # of the mapping networks
 
 
 _ARM_AXES = ((0.543, -0.682, 0.487), (0.782, 0.623, 0.0), (-0.303, 0.381, 0.872))
+# boxes of mirrored volumes reach a little over the middle, where their weight must not fall
 HEAD = Volume("head", (0.0, 1.335, 0.02), (0.18, 0.41, 0.20))  # long hair hangs below the chest
-HAT = Volume("hat", (0.0, 1.63, 0.06), (0.16, 0.13, 0.20))
-FACE = Volume("face", (0.0, 1.545, 0.04), (0.12, 0.165, 0.15))
+HAT = Volume("hat", (0.0, 1.64, 0.05), (0.19, 0.14, 0.23))
+FACE = Volume("face", (0.045, 1.545, 0.04), (0.075, 0.165, 0.16), mirror=True)
 EYES = Volume("eyes", (0.034, 1.563, 0.118), (0.036, 0.03, 0.035), mirror=True)
+BROWS = Volume("brows", (0.035, 1.58, 0.11), (0.05, 0.03, 0.06), mirror=True)
 TORSO = Volume("torso", (0.0, 1.13, 0.05), (0.33, 0.42, 0.24))
+TORSO_HALF = Volume("torso", (0.145, 1.13, 0.05), (0.185, 0.42, 0.24), mirror=True)
 ARM = Volume("arm", (0.335, 1.135, 0.13), (0.42, 0.15, 0.18), _ARM_AXES, mirror=True)
-LEGS = Volume("legs", (0.0, 0.52, 0.03), (0.34, 0.56, 0.21))
+LEGS = Volume("legs", (0.145, 0.52, 0.03), (0.195, 0.56, 0.21), mirror=True)
 FOOT = Volume("foot", (0.145, 0.11, 0.08), (0.135, 0.16, 0.18), mirror=True)
-WHOLE = Volume("whole", (0.0, 0.85, 0.12), (0.60, 0.92, 0.28))
+# of the naked body's distance and of the direction that it faces
+BODY = Volume("body", (0.27, 0.844, 0.128), (0.32, 0.894, 0.275), mirror=True)
+SKULL = Volume("skull", (0.04, 1.5505, 0.03), (0.09, 0.1665, 0.17), mirror=True)
+HAND = Volume("hand", (0.4587, 1.0408, 0.195), (0.0905, 0.14, 0.169), mirror=True)
+WHOLE = Volume("whole", (0.28, 0.85, 0.12), (0.33, 0.92, 0.28), mirror=True)
 
-SMALL: dict[str, PartConfig] = {
-    "body": PartConfig((), (Bank(WHOLE, 8, 112), Bank(ARM, 8, 64), Bank(FACE, 12, 144), Bank(EYES, 14, 48))),
-    "hair": PartConfig((Bank(HEAD, 9, 96),), (Bank(HEAD, 9, 96),)),
-    "top": PartConfig((Bank(TORSO, 16, 96), Bank(ARM, 12, 64)), (Bank(TORSO, 12, 128), Bank(ARM, 10, 64))),
-    "bottom": PartConfig((Bank(LEGS, 16, 96), Bank(TORSO, 5, 64)), (Bank(LEGS, 10, 128), Bank(TORSO, 5, 64))),
-    "shoes": PartConfig((Bank(FOOT, 6, 96),), (Bank(FOOT, 6, 96),)),
-    "accessory": PartConfig((Bank(HAT, 3, 64),), (Bank(HAT, 4, 64),)),
-}
+
+def _size(scale: float, width: int) -> Size:
+    """All lengths times `scale`."""
+
+    def grids(volume: Volume, step: float) -> Grids:
+        return Grids(volume, step * scale, 2.2 * step * scale)
+
+    def colors(volume: Volume, texel: float) -> Colors:
+        return Colors(volume, six_sides(texel * scale), six_sides(2.5 * texel * scale))
+
+    front, side = 0.0011 * scale, 0.0015 * scale
+    return Size(
+        body=((BODY, 0.008), (SKULL, 0.0028), (HAND, 0.0026)),  # not scaled: a tiny hand is no hand
+        guide=((BODY, 0.016), (SKULL, 0.007)),
+        shape={
+            "hair": (grids(HEAD, 0.005),),
+            "top": (grids(TORSO_HALF, 0.0055), grids(ARM, 0.006)),
+            "bottom": (grids(LEGS, 0.006), grids(TORSO_HALF, 0.009)),
+            "shoes": (grids(FOOT, 0.004),),
+            "accessory": (grids(HAT, 0.004),),
+        },
+        tex={
+            "hair": (colors(HEAD, 0.0025),),
+            "top": (colors(TORSO, 0.0032), colors(ARM, 0.004)),
+            "bottom": (colors(LEGS, 0.0035), colors(TORSO, 0.006)),
+            "shoes": (colors(FOOT, 0.002),),
+            "accessory": (colors(HAT, 0.003),),
+        },
+        face=(Side(2, 1, front), Side(0, 1, side), Side(2, -1, 4 * side), Side(1, 1, 3 * side), Side(1, -1, 2 * side)),
+        skin=0.008 * scale, arm=0.005 * scale, eye=0.00035 * scale, brow=0.0006 * scale, width=width,
+    )  # fmt: skip
+
+
+SIZES = {"tiny": _size(5.0, 16), "small": _size(1.0, 128), "base": _size(0.8, 256)}

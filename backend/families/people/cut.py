@@ -12,16 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from backend.families.people.wardrobe import OPEN, PATTERNS, TRIMS
+
+__all__ = ["OPEN", "PATTERNS", "TRIMS", "arm_distance", "borders", "pattern_mask", "slack"]
+
 # the canonical left arm's joints, metres
 SHOULDER, ELBOW, WRIST = (0.176, 1.33, 0.023), (0.338, 1.153, 0.03), (0.458, 1.033, 0.192)
-
-TRIMS = {"top": ("sleeve", "hem", "neck", "tilt"), "bottom": ("hem", "waist")}
-"""Border parameters per part; numbers of about -1..1, see `borders`."""
-
-OPEN = {"top": (2.0, -4.0, -3.0, 0.0), "bottom": (-3.0, 1.0)}
-"""Trims that cut nothing away."""
-
-PATTERNS = ("wide stripes", "narrow stripes", "vertical stripes", "checks", "block")
 
 
 def _of(p: Any) -> Any:
@@ -63,7 +59,8 @@ def borders(part: str, trims: Any, p: Any) -> Any:
         opening = xp.minimum(
             y - 1.43 + (0.625 + 0.375 * tilt) * (p[:, 2] + 0.03), 0.03 + 0.0425 * (neck + 1) - x
         )  # a slanted plane, as wide as the neckline
-        return xp.maximum(xp.maximum(arm_distance(p) - (0.26 + 0.23 * sleeve), 0.885 + 0.085 * hem - y), opening)
+        ends = xp.maximum(arm_distance(p) - (0.26 + 0.23 * sleeve), 0.885 + 0.085 * hem - y)
+        return xp.maximum(xp.maximum(ends, opening), y - 1.49)  # no cloth on the head
     hem, waist = trims[0], trims[1]
     # wrists hang low in the rest pose: trousers end where the arms begin
     return xp.maximum(xp.maximum(0.39 + 0.31 * hem - y, y - (1.28 + 0.33 * waist)), x - 0.29)

@@ -2,7 +2,7 @@
 """The `people` family at work: seed -> codes -> one field that unites body, clothes and hair.
 
 field space  = canonical space: the mean body, shared by all persons
-s_k(x)       = s_body(x) + r_k(x; w_k)          distance to part k; where r_k < 0 the part covers the skin
+s_k(x)       = max(surface_k, borders_k)        distance to part k
 s(x)         = min_k s_k(x)                     union; inner layers are kept below outer ones where those cover them
 offset(x)    = sum_i a_i(x) d_i(w_body)         displacement of the K nearest control points, blended
 """
@@ -16,26 +16,38 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
-from backend.families.people.config import BODY_DIM, PARTS, SHAPE_DIM, SMALL, TEX_DIM, Z_DIM
-from backend.families.people.networks import BodyDecoder, PartGenerator
+from backend.families.people import storage
+from backend.families.people.config import (
+    BODY_DIM,
+    CLOTH,
+    CODE_DIM,
+    IRIS,
+    ORDER,
+    OWN,
+    PARTS,
+    PLAIN,
+    SIZES,
+    WORN,
+    Z_DIM,
+)
+from backend.families.people.networks import BodyDecoder, BodyField, BodyTexture, LocalShape, LocalTexture
 from backend.families.people.networks import Mapping as MappingNetwork
 from backend.protocol import PopulaceError
 from backend.weights import Weights, check_tensors
 
 NEIGHBOURS = 32  # control points that carry a point of the field; fewer leave ridges in loose cloth
-GRIDS = ("whole", "head", "hand_l", "hand_r")  # coarse to fine: later ones replace earlier ones
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
 DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
-SCALE = "#scale"  # marks the scales of a quantised tensor
-EASE = {"bottom": 0.005, "top": 0.005}  # metres added to cloth: what the networks are still off by, so no skin shows
+EASE = {"bottom": 0.002, "top": 0.002}  # metres added to cloth, so that no skin shows between lattice points
+HEM = 0.003  # metres that close-fitting cloth stands off the skin where it ends
+SHELL = 0.012  # metres: how thick a garment is as an object of its own
 CHUNK = 1 << 15  # points at a time
-CENTRES = 96  # clusters per mapping
+CENTRES = 256  # real codes per mapping, for truncation
 
 
 class PeopleNetworks(nn.Module):
@@ -44,19 +56,28 @@ class PeopleNetworks(nn.Module):
     def __init__(self, facts: Mapping[str, Any]) -> None:
         """`facts` is the JSON of the weights file's metadata: sizes that depend on the training data."""
         super().__init__()
+        size = SIZES[facts["size"]]
         attributes = len(facts["attributes"])
+        condition = attributes + 9  # and the palettes of skin, brows and top
+        items = {part: len(facts["items"][part]) for part in PARTS}
         self.body_shape = BodyDecoder(facts["anchors"], 2 * len(facts["bones"]), facts["controls"], BODY_DIM)
-        self.parts = nn.ModuleDict({name: PartGenerator(config) for name, config in SMALL.items()})
+        self.body_field = BodyField(size)
+        self.body_tex = BodyTexture(size)
+        self.shapes = nn.ModuleDict({part: LocalShape(part, size, items[part]) for part in PARTS})
+        self.textures = nn.ModuleDict({part: LocalTexture(part, size, items[part]) for part in PARTS})
+
+        def mapping(groups: Sequence[tuple[int, int]]) -> MappingNetwork:
+            return MappingNetwork(Z_DIM, condition, CODE_DIM, CENTRES, groups, size.width)
+
         self.mappings = nn.ModuleDict()
-        self.mappings["body_shape"] = MappingNetwork(BODY_DIM, 0, BODY_DIM, 1)
-        self.mappings["body_tex"] = MappingNetwork(Z_DIM, attributes, TEX_DIM, CENTRES)
+        self.mappings["body_shape"] = MappingNetwork(BODY_DIM, 0, BODY_DIM, 2, (), size.width)
+        self.mappings["body_tex"] = MappingNetwork(
+            Z_DIM, attributes, CODE_DIM, CENTRES, ((IRIS.start, IRIS.stop),), size.width
+        )
         for part in PARTS:
-            self.mappings[f"{part}_shape"] = MappingNetwork(Z_DIM, attributes + 3, SHAPE_DIM, CENTRES)
-            self.mappings[f"{part}_tex"] = MappingNetwork(Z_DIM, attributes + 3, TEX_DIM, CENTRES)
+            self.mappings[f"{part}_shape"] = mapping(((0, items[part] + (part in CLOTH)),))
+            self.mappings[f"{part}_tex"] = mapping(((OWN, PLAIN + 1),))
         self.attributes = nn.Linear(BODY_DIM, attributes)  # standardised attributes of w_shape
-        for name, shape in facts["grids"].items():
-            self.register_buffer(f"grid_{name}", torch.zeros(shape))
-            self.register_buffer(f"grid_{name}_box", torch.zeros(2, 3))
         self.register_buffer("control_skin_indices", torch.zeros(facts["controls"], 4, dtype=torch.uint8))
         self.register_buffer("control_skin_weights", torch.zeros(facts["controls"], 4))
 
@@ -86,39 +107,43 @@ class PeopleModel:
     @torch.no_grad()
     def sample(self, seed: int, truncation_psi: float, parameters: Mapping[str, Any] | None = None) -> Latents:
         """Codes of the person with this seed; parts that the person does not wear have none."""
+        names = ["body/shape", "body/tex", *(f"{p}/{k}" for p in PARTS for k in ("shape", "tex"))]
+        z = {n: seeded_normal(seed, n, (1, BODY_DIM if n == "body/shape" else Z_DIM)) for n in names}
+        return self.mapped({n: torch.from_numpy(a).to(self.device) for n, a in z.items()}, truncation_psi)
 
-        def mapped(name: str, condition: Tensor, dim: int) -> Tensor:
-            z = torch.from_numpy(seeded_normal(seed, name, (1, dim)))
-            net = self.networks.mappings[name.replace("/", "_")]
-            return net(z.to(self.device), condition, truncation_psi)
-
-        nothing = torch.zeros(1, 0, device=self.device)
-        codes = {"body/shape": mapped("body/shape", nothing, BODY_DIM)}
-        attributes = self.networks.attributes(codes["body/shape"])
-        codes["body/tex"] = mapped("body/tex", attributes, Z_DIM)
-        condition = torch.cat([attributes, codes["body/tex"][:, :3]], 1)
-        for part in PARTS:
-            shape = mapped(f"{part}/shape", condition, Z_DIM)
-            if shape[0, -1] > 0:
-                codes[f"{part}/shape"] = shape
-                codes[f"{part}/tex"] = mapped(f"{part}/tex", condition, Z_DIM)
+    def mapped(self, z: Mapping[str, Float[Tensor, "1 Z"]], truncation_psi: float = 1.0) -> Latents:
+        """Codes of latents by name. Body first; then each part goes with the body and with the top's colour."""
+        maps = self.networks.mappings
+        shape = maps["body_shape"](z["body/shape"], z["body/shape"][:, :0], truncation_psi)
+        attributes = self.networks.attributes(shape)
+        codes = {"body/shape": shape, "body/tex": maps["body_tex"](z["body/tex"], attributes, truncation_psi)}
+        for part in ORDER:
+            codes |= self.mapped_part(part, codes, z, truncation_psi)
         return Latents(self.name, codes)
 
-    def describe(self, latents: Latents) -> dict[str, AttributeValue]:
-        """Version 1 has no attributes; neither does `INFO` list any."""
-        return {}
-
-    def edit(self, latents: Latents, values: Mapping[str, AttributeValue]) -> Latents:
-        raise PopulaceError("invalid_request", "These weights have no attributes to set.", "Use a newer version.")
+    def mapped_part(
+        self, part: str, codes: Mapping[str, Tensor], z: Mapping[str, Tensor], psi: float, must: bool = False
+    ) -> dict[str, Tensor]:
+        """Codes of one part, none if it is not worn (unless it `must`)."""
+        body = codes["body/tex"]
+        top = codes["top/tex"][:, :3] if "top/tex" in codes and part != "top" else torch.zeros_like(body[:, :3])
+        condition = torch.cat([self.networks.attributes(codes["body/shape"]), body[:, :6], top], 1)
+        shape = self.networks.mappings[f"{part}_shape"](z[f"{part}/shape"], condition, psi)
+        if float(shape[0, WORN].detach()) <= 0:
+            if not must:
+                return {}
+            centres = self.networks.mappings[f"{part}_shape"].centres
+            shape = centres[centres[:, WORN] > 0][:1]
+        return {f"{part}/shape": shape,
+                f"{part}/tex": self.networks.mappings[f"{part}_tex"](z[f"{part}/tex"], condition, psi)}  # fmt: skip
 
     def decode(self, latents: Latents, separate: bool = False) -> Sequence[PeopleField]:
-        """One field: the whole clothed person, in version 1 with `separate` too."""
-        sizes = {"body/shape": BODY_DIM} | {f"{p}/shape": SHAPE_DIM for p in PARTS}
+        """The whole clothed person as one field, or one field per object: body, then what is worn, inner to outer."""
         for name, code in latents.codes.items():
             part, _, kind = name.partition("/")
-            if kind not in ("shape", "tex") or part not in SMALL:
+            if kind not in ("shape", "tex") or part not in ("body", *PARTS):
                 raise PopulaceError("invalid_latents", f"The people family has no code named {name!r}.")
-            want = sizes.get(name, TEX_DIM)
+            want = BODY_DIM if name == "body/shape" else CODE_DIM
             if tuple(code.shape) != (1, want):
                 raise PopulaceError("invalid_latents", f"{name} must have shape [1, {want}], not {list(code.shape)}.")
         missing = [f"{p}/{k}" for p in ("body", *PARTS) for k in ("shape", "tex")
@@ -126,7 +151,26 @@ class PeopleModel:
                    and f"{p}/{k}" not in latents.codes]  # fmt: skip
         if missing:
             raise PopulaceError("invalid_latents", f"Codes are missing: {', '.join(missing)}.")
-        return [PeopleField(self, {k: v.to(self.device, torch.float32) for k, v in latents.codes.items()})]
+        person = Person(self, {k: v.to(self.device, torch.float32) for k, v in latents.codes.items()})
+        return [PeopleField(person, p) for p in (person.parts if separate else (None,))]
+
+    def describe(self, latents: Latents) -> dict[str, AttributeValue]:
+        """See `FamilyModel`."""
+        from backend.families.people import attributes
+
+        return attributes.describe(self, latents)
+
+    def describe_part(self, part: str, codes: Mapping[str, Tensor]) -> str:
+        """What a worn part is called."""
+        from backend.families.people import attributes
+
+        return attributes.word_for(self, part, codes[f"{part}/shape"][0])
+
+    def edit(self, latents: Latents, values: Mapping[str, AttributeValue]) -> Latents:
+        """See `FamilyModel`."""
+        from backend.families.people import attributes
+
+        return attributes.edit(self, latents, values)
 
 
 def region_of(bone: str) -> int:
@@ -144,59 +188,88 @@ def region_of(bone: str) -> int:
     return REGIONS.index("torso")
 
 
-class PeopleField:
-    """The field of one person; see `HumanField`. Points are canonical."""
-
-    name = "human"
+class Person:
+    """One person's mixed volumes and planes, shared by the fields of its objects. Points are canonical."""
 
     def __init__(self, model: PeopleModel, codes: Mapping[str, Tensor]) -> None:
-        self.model, self.codes = model, codes
-        self.bounds = model.bounds
-        self.region_density = model.region_density
+        self.model, self.codes, net = model, codes, model.networks
         self.worn = [p for p in PARTS if f"{p}/shape" in codes]
-        parts = model.networks.parts
-        self.shape_planes = {p: parts[p].shape.planes(codes[f"{p}/shape"]) for p in self.worn}
-        self.tex_planes = {"body": parts["body"].tex.planes(codes["body/tex"])}
-        for p in self.worn:
-            self.tex_planes[p] = parts[p].tex.planes(torch.cat([codes[f"{p}/tex"], codes[f"{p}/shape"]], 1))
-        self.displacement, ends = model.networks.body_shape(codes["body/shape"])
+        self.parts = ("body", *self.worn)
+        self.volumes = {p: net.shapes[p].mixed(codes[f"{p}/shape"]) for p in self.worn}
+        self.planes = {p: net.textures[p].mixed(codes[f"{p}/shape"], codes[f"{p}/tex"]) for p in self.worn}
+        self.skin = net.body_tex.mixed(codes["body/tex"])
+        self.displacement, ends = net.body_shape(codes["body/shape"])
         count = len(model.bones)
         self.rig = Rig(model.bones, model.parents, ends[:count], ends[count:])
 
-    def body_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        """Distance to the naked canonical body: trilinear in the finest grid that holds the point."""
-        out = points.new_zeros(len(points))
-        for name in GRIDS:
-            lo, hi = getattr(self.model.networks, f"grid_{name}_box")
-            local = (points - lo) / (hi - lo) * 2 - 1
-            inside = slice(None) if name == GRIDS[0] else (local.abs() < 1).all(1).nonzero().squeeze(1)
-            values = getattr(self.model.networks, f"grid_{name}").to(points.dtype)
-            at = local[inside].flip(1)[None, None, None]  # grid_sample wants the last axis first
-            read = F.grid_sample(values[None, None], at, align_corners=True, padding_mode="border")[0, 0, 0, 0]
-            out = read if name == GRIDS[0] else out.index_copy(0, inside, read)
-        return out
-
-    def _layers(self, points: Float[Tensor, "N 3"]) -> list[Float[Tensor, " N"]]:
-        """Distances to ("body", *worn) minus that to the body, inner to outer; what is covered lies below the cover."""
-        layers = [points.new_zeros(len(points))]
-        for part in self.worn:
-            outer = self.model.networks.parts[part].shape(self.shape_planes[part], points) - EASE.get(part, 0.0)
-            covers = torch.sigmoid((-0.002 - outer) / 0.0007)
+    def distances(
+        self, points: Float[Tensor, "N 3"], worn: Sequence[str] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Distances to the body and to what is `worn` (all there is, if None), and of the worn parts' surfaces without
+        their borders. What an outer part covers lies below it."""
+        body = self.model.networks.body_field(points)
+        layers, surfaces = [body], {}
+        for part in self.worn if worn is None else worn:
+            base, edge = self.model.networks.shapes[part](self.volumes[part], self.codes[f"{part}/shape"], points, body)
+            surfaces[part] = base = base - EASE.get(part, 0.0)
+            if part in CLOTH:  # thin towards its borders, or steps of less than a lattice cell would look torn
+                thick = body - base - HEM
+                near = ((edge + 0.02) / 0.018).clamp(0, 1) * ((0.03 - thick) / 0.012).clamp(0, 1)
+                base = base + near * thick.clamp(min=0)
+            outer = torch.maximum(base, edge)
+            # it covers what it stands out from, near its own surface: farther off its distance is truncated
+            covers = torch.sigmoid((body - 0.0012 - outer) / 0.0004) * torch.sigmoid((0.02 - outer) / 0.001)
             layers = [inner + covers * (outer + 0.004 - inner).clamp(min=0) for inner in layers]
             layers.append(outer)
-        return layers
+        return layers, surfaces
+
+    def color(self, part: str, points: Float[Tensor, "N 3"], facing: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        net, code = self.model.networks, self.codes[f"{part}/tex"]
+        if part == "body":
+            return net.body_tex(self.skin, code, points, facing)
+        return net.textures[part](self.planes[part], code, points, facing)
+
+
+class PeopleField:
+    """The field of a whole person, or of one part as an object of its own; see `HumanField`."""
+
+    def __init__(self, person: Person, part: str | None = None) -> None:
+        self.person, self.part = person, part
+        self.name = part or "human"
+        self.model, self.codes, self.rig, self.worn = person.model, person.codes, person.rig, person.worn
+        self.displacement = person.displacement
+        self.skirted = "bottom" in self.worn and "skirt" in str(person.model.describe_part("bottom", person.codes))
+        self.bounds = self.model.bounds
+        self.region_density = self.model.region_density
+
+    def body_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Distance to the naked canonical body."""
+        return self.model.networks.body_field(points)
+
+    def layers(self, points: Float[Tensor, "N 3"]) -> list[Float[Tensor, " N"]]:
+        """Distances to ("body", *worn), inner to outer; what is covered lies below the cover."""
+        return self.person.distances(points)[0]
+
+    def _sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        layers, surfaces = self.person.distances(points)
+        if self.part is None:
+            return functools.reduce(torch.minimum, layers)
+        s = layers[self.person.parts.index(self.part)]
+        if self.part in CLOTH:  # a shell with an inside; open at its borders, where the sheet ends
+            s = torch.maximum(s, -(surfaces[self.part] + SHELL))
+        return s
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        return torch.cat(
-            [self.body_sdf(q) + functools.reduce(torch.minimum, self._layers(q)) for q in points.split(CHUNK)]
-        )
+        return torch.cat([self._sdf(q) for q in points.split(CHUNK)])
 
     def label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         """Index into ("body", *worn) of the part whose surface is the outermost here."""
         return torch.cat([self._label(q) for q in points.split(CHUNK)])
 
     def _label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
-        best, *rest = self._layers(points)
+        if self.part is not None:
+            return torch.full((len(points),), self.person.parts.index(self.part), device=points.device)
+        best, *rest = self.layers(points)
         label = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         for i, layer in enumerate(rest, 1):
             label = torch.where(layer < best, i, label)
@@ -205,12 +278,12 @@ class PeopleField:
 
     def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         label = self.label(points)
+        facing = self.model.networks.body_field.facing(points)
         out = points.new_zeros(len(points), 3)
-        for i, part in enumerate(("body", *self.worn)):
+        for i, part in enumerate(self.person.parts):
             at = (label == i).nonzero().squeeze(1)
             if at.numel():
-                tex = self.model.networks.parts[part].tex
-                out = out.index_copy(0, at, tex(self.tex_planes[part], self.codes[f"{part}/tex"][0, :6], points[at]))
+                out = out.index_copy(0, at, self.person.color(part, points[at], facing[at]))
         return out.clamp(0, 1)
 
     def _neighbours(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +310,22 @@ class PeopleField:
         values = self.model.networks.control_skin_weights[index] * weight[..., None]
         dense = points.new_zeros(len(points), len(self.model.bones))
         dense.scatter_add_(1, bones.flatten(1), values.flatten(1))
+        self._hang(points, dense)
         top, which = dense.topk(4, dim=1)
         return which, top / top.sum(1, keepdim=True)
+
+
+    def _hang(self, points: Tensor, dense: Tensor) -> None:
+        """Skirts hang from both legs: at the middle a point follows half of each, not first one, then the other."""
+        if self.skirted and self.part in (None, "bottom"):
+            cloth = self.label(points) == self.person.parts.index("bottom")
+            share = ((points[:, 0] + 0.15) / 0.3).clamp(0, 1)
+            share = torch.where(cloth, share * share * (3 - 2 * share), -1.0)
+            for bone in ("thigh", "calf"):
+                left, right = (self.model.bones.index(f"{bone}_{side}") for side in "lr")
+                both = dense[:, left] + dense[:, right]
+                dense[:, left] = torch.where(cloth, both * share, dense[:, left])
+                dense[:, right] = torch.where(cloth, both * (1 - share), dense[:, right])
 
 
 def load(device: torch.device, weights: Weights | None) -> PeopleModel:
@@ -246,11 +333,13 @@ def load(device: torch.device, weights: Weights | None) -> PeopleModel:
     assert weights is not None, "the registry hands over weights to families that name some"
     arrays, metadata = weights.read()
     facts = json.loads(metadata.get("people", "{}"))
+    if facts.get("size") not in SIZES:
+        raise PopulaceError(
+            "weights_corrupt", f"The weights {weights.name!r} are of another version of the people family.",
+            "Take the weights that came with this version, or train new ones."
+        )  # fmt: skip
     networks = PeopleNetworks(facts)
-    scales = {k.removesuffix(SCALE): a for k, a in arrays.items() if k.endswith(SCALE)}
-    values = {k: a for k, a in arrays.items() if not k.endswith(SCALE)}
+    values = storage.unpack(arrays)
     check_tensors(weights.name, values, {k: tuple(v.shape) for k, v in networks.state_dict().items()})
-    for key, target in networks.state_dict().items():
-        value = values[key].astype(np.float32) * scales[key].astype(np.float32) if key in scales else values[key]
-        target.copy_(torch.from_numpy(value.astype(target.numpy().dtype)))
+    networks.load_state_dict({k: torch.from_numpy(v) for k, v in values.items()})
     return PeopleModel(networks, facts, device, weights.sha256)

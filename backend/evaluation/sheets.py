@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Pictures that say what a model is worth: `python -m backend.evaluation.sheets --out weights_manifest/pictures`.
+
+Everything as it comes, from consecutive seeds; nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from backend import families, pipeline, poses
+from backend.families.base import FamilyModel
+from backend.packet import HumanAsset
+from backend.protocol import GenerateRequest, parse_request
+from backend.render.shade import Maps, render_sheet
+from backend.settings import Settings
+
+HEIGHT = 380  # pixels of a tile
+SWAPPED = ("hair", "top", "bottom", "shoes")
+POSED = ("standing_4", "contrapposto", "arms_down", "walking", "sitting", "waving")
+
+
+def tiles(asset: HumanAsset, views: Sequence[str], height: int = HEIGHT) -> np.ndarray:
+    """One row of views of a person u8 [height, W, 3], in the pose that it has."""
+    part = asset.parts[0]
+    vertices = part.vertices
+    if asset.rig is not None and asset.rig.rotations is not None and part.skin_indices is not None:
+        vertices = poses.skin(vertices, part.skin_indices, part.skin_weights, asset.rig, asset.rig.rotations,
+                              asset.rig.translation)  # fmt: skip
+
+    def image(png: bytes) -> torch.Tensor:
+        with Image.open(io.BytesIO(png)) as opened:
+            return torch.from_numpy(np.asarray(opened.convert("RGB"), np.float32) / 255)
+
+    maps = Maps(torch.from_numpy(part.uvs.copy()), torch.from_numpy(part.face_uvs_idx.astype(np.int64)),
+                image(part.base_color_png), image(part.normal_png))  # fmt: skip
+    faces = torch.from_numpy(part.faces.astype(np.int64))
+    return render_sheet([(torch.from_numpy(np.ascontiguousarray(vertices, np.float32)), faces, maps)], views, height)
+
+
+def grid(rows: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of one size side by side, `columns` to a row."""
+    blank = np.full_like(rows[0], 255)
+    full = [*rows, *[blank] * (-len(rows) % columns)]
+    return np.concatenate([np.concatenate(full[i : i + columns], 1) for i in range(0, len(full), columns)], 0)
+
+
+class Sheets:
+    """The four sheets of one family."""
+
+    def __init__(self, model: FamilyModel, family: str) -> None:
+        self.model, self.family = model, family
+
+    def _made(self, **request: Any) -> HumanAsset:
+        asked: GenerateRequest = parse_request({"family": self.family, **request})
+        return pipeline.generate(asked, self.model)[0]
+
+    def people(self, count: int = 24) -> np.ndarray:
+        """Seeds 0, 1, 2, ...: front, back, face."""
+        return grid([tiles(self._made(seed=s), ("front", "back", "face"), 300) for s in range(count)], 4)
+
+    def interpolation(self, steps: int = 7) -> np.ndarray:
+        """From one person to another: everything, the shapes alone, the textures alone."""
+        rows = []
+        for kinds in (["shape", "tex"], ["shape"], ["tex"]):
+            for i in range(steps):
+                mix = {"op": "mix", "other": {"seed": 5}, "amount": i / (steps - 1), "kinds": kinds}
+                rows.append(tiles(self._made(seed=4, edits=[mix]), ("front",)))
+        return grid(rows, steps)
+
+    def swaps(self, donors: int = 4) -> np.ndarray:
+        """One person; below, one part at a time from four others."""
+        rows = [tiles(self._made(seed=1), ("front",))]
+        rows += [tiles(self._made(seed=10 + d), ("front",)) for d in range(donors)]
+        for part in SWAPPED:
+            rows.append(np.full_like(rows[0], 255))
+            for d in range(donors):
+                take = {"op": "part", "parts": [part], "other": {"seed": 10 + d}}
+                try:
+                    rows.append(tiles(self._made(seed=1, edits=[take]), ("front",)))
+                except Exception as error:  # a donor without the part
+                    if "wears no" not in str(error) and "has no" not in str(error):
+                        raise
+                    rows.append(np.full_like(rows[0], 255))
+        return grid(rows, 1 + donors)
+
+    def poses(self, people: int = 4) -> np.ndarray:
+        """Poses of the library."""
+        return grid([tiles(self._made(seed=s, pose=p), ("three_quarter",)) for s in range(people) for p in POSED],
+                    len(POSED))  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", default="people")
+    parser.add_argument("--only", nargs="+", choices=("people", "interpolation", "swaps", "poses"))
+    args = parser.parse_args(argv)
+    settings = Settings.load()
+    sheets = Sheets(families.load(args.family, settings.device, settings), args.family)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only or ("people", "interpolation", "swaps", "poses"):
+        picture = getattr(sheets, name)()
+        Image.fromarray(picture).save(args.out / f"{args.family}_{name}.jpg", quality=82)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
