@@ -152,9 +152,13 @@ def subdivide(
 def extrapolate(
     t: Float[Tensor, "N S"], s: Float[Tensor, "N S K"], reach: float
 ) -> tuple[Float[Tensor, "N S+2"], Float[Tensor, "N S+2 K"]]:
-    """A sample `reach` metres before and one behind the others, with distances that go on as they came."""
-    slope = s.diff(dim=1) / t.diff(dim=1).clamp(min=1e-4)[..., None]
-    first, last = (s[:, i] + sign * reach * slope[:, i].clamp(-1, 1) for i, sign in ((0, -1), (-1, 1)))
+    """A sample `reach` metres before and one behind the others: the guide saw no other surface there, so what is
+    outside gets farther outside and what is inside deeper inside, as steeply as it came. A ray whose first sample is
+    inside came in by the same slope."""
+    slope = (s.diff(dim=1) / t.diff(dim=1).clamp(min=1e-4)[..., None]).clamp(-1, 1)
+    first, last, steep, end = s[:, 0], s[:, -1], slope[:, 0], slope[:, -1].abs()
+    first = first + reach * torch.where(first > 0, steep.abs(), -steep)
+    last = last + reach * torch.where(last > 0, end, -end)
     ts = torch.cat([t[:, :1] - reach, t, t[:, -1:] + reach], 1)
     return ts, torch.cat([first[:, None], s, last[:, None]], 1)
 

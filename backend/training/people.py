@@ -56,7 +56,8 @@ def fit(kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people:
     facts = _facts(size, items, body, skin, np.load(data / "field.npz"))
     networks = PeopleNetworks(facts).requires_grad_(False)
     _fill(networks, data, items, body, skin)
-    castings = [cast(open_kit(kit_folder), int(s)) for s in body["seeds"]]
+    kit = open_kit(kit_folder)
+    castings = [cast(kit, int(s)) for s in body["seeds"]]
     codes, condition = encode(networks, facts, castings, body["coefficients"], items, skin)
     _fit_mappings(networks, body["coefficients"], codes, condition)
     out = run / "people.safetensors"

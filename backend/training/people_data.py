@@ -92,7 +92,8 @@ def _bodies(kit: Kit, castings: list[Casting], out: Path) -> np.ndarray:
         return np.load(out / "body.npz")["template"].astype(np.float64)
     names, parents, weights = kit.rig_weights()
     bones, joints = kit.rig
-    batches = [rest_bodies(kit, castings[i : i + 250]) for i in range(0, BASIS_PEOPLE, 250)]
+    basis_people = min(BASIS_PEOPLE, len(castings))
+    batches = [rest_bodies(kit, castings[i : min(i + 250, basis_people)]) for i in range(0, basis_people, 250)]
     template = np.mean([b.mean(0, dtype=np.float64) * len(b) for b in batches], 0) * len(batches)
     template /= sum(len(b) for b in batches)
     template[:, 1] -= template[BODY, 1].min()
@@ -105,12 +106,12 @@ def _bodies(kit: Kit, castings: list[Casting], out: Path) -> np.ndarray:
     rest = points_of(template)
     flat, heights = [], []
     for i in range(0, len(castings), 250):
-        batch = batches[i // 250] if i < BASIS_PEOPLE else rest_bodies(kit, castings[i : i + 250])
+        batch = batches[i // 250] if i < basis_people else rest_bodies(kit, castings[i : i + 250])
         heights.append(batch[:, BODY, 1].max(1))
         flat.append((points_of(batch) - rest).astype(np.float32).reshape(len(batch), -1))
     del batches
     delta = np.concatenate(flat)
-    basis_of = delta[: min(BASIS_PEOPLE, len(delta))]
+    basis_of = delta[:basis_people]
     importance = np.where(np.arange(len(rest)) < len(anchors), 1.0, 1.0)
     importance[: len(anchors)][(template[anchors, 1] > 1.40) & (np.abs(template[anchors, 0]) < 0.13)] = FACE_WEIGHT
     w = np.repeat(importance, 3).astype(np.float32)
