@@ -214,7 +214,7 @@ def test_shipped_poses_are_what_the_converter_writes() -> None:
 
 @pytest.fixture(scope="module", params=[0, 3])
 def person(request: pytest.FixtureRequest) -> packet.HumanAsset:
-    """Seed 3 wears a skirt. On a coarser lattice sleeves grow together with the flanks and stretch between them."""
+    """Seed 0 wears a skirt, 3 trousers. On a coarser lattice sleeves grow together with the flanks and stretch between them."""
     asked = GenerateRequest(seed=request.param, grid_resolution=160, faces=16000, texture_size=512)
     return pipeline.generate(asked, families.load("people", "auto", Settings.load()))[0]
 
@@ -234,11 +234,11 @@ def stretches(person: packet.HumanAsset, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [name for name in poses.pose_names() if name != "rest"])
 def test_posed_people_do_not_tear(person: packet.HumanAsset, name: str, record_property) -> None:
-    """99.9 % of the edges. In the armpits an A-pose's cloth doubles for arms at shoulder height. A skirt is skinned
-    like legs, and where its sides meet it gives: 4.6 in a stride."""
+    """99.9 % of the edges. In the armpits an A-pose's cloth doubles for arms at shoulder height; a skirt follows both
+    legs, and gives between them in a stride."""
     worst = np.percentile(stretches(person, name), 99.9)
     record_property("stretch", float(worst))
-    limits = {"arms_down": 1.7, "sitting": 2.6, "walking_2": 2.4, "walking": 6.0, "running": 6.0, "standing_3": 4.0}
+    limits = {"arms_down": 1.7, "sitting": 2.6, "walking_2": 2.4, "running": 4.0}
     assert worst < limits.get(name, 3.0)
 
 
