@@ -214,7 +214,7 @@ def test_shipped_poses_are_what_the_converter_writes() -> None:
 
 @pytest.fixture(scope="module", params=[0, 3])
 def person(request: pytest.FixtureRequest) -> packet.HumanAsset:
-    """Seed 0 wears a skirt, 3 trousers. On a coarser lattice sleeves grow together with the flanks and stretch between them."""
+    """Seed 0 wears a skirt. On a coarser lattice sleeves grow together with the flanks and stretch between them."""
     asked = GenerateRequest(seed=request.param, grid_resolution=160, faces=16000, texture_size=512)
     return pipeline.generate(asked, families.load("people", "auto", Settings.load()))[0]
 
