@@ -221,7 +221,9 @@ def test_guided_people_look_like_people_of_432_samples(frozen: PeopleModel) -> N
     stage.settings = dataclasses.replace(SIZES["base"], low_factor=2)
     view, size = np.array([0.5, 0.1, 0.0]), (96, 72)
     guided, guide, low = stage.render(scene, view, size)
-    full = render_uniform(scene, camera_rays(camera_of(view, scene.joint("head")), size, scene.bounds), 432, 0.004)
+    full = render_uniform(
+        scene, camera_rays(camera_of(view, scene.joint("head")), size, scene.bounds), 432, stage.settings.beta
+    )
     assert guided.asked < 11 * guided.rays * len(scene.parts) * 0.6
     assert full.asked / guided.asked > 100
     assert full.asked / (guided.asked + low.asked) > 15  # the small picture is half as high here, a quarter in superres
