@@ -74,7 +74,7 @@ class Settings(gan.Settings):
 
 
 SIZES = {
-    "tiny": Settings(height=32, batch=2, base=8, limit=16, pool=12, coarse=32, half_life=50, warm_up=4),
+    "tiny": Settings(height=32, batch=4, base=8, limit=16, pool=12, coarse=32, half_life=50, warm_up=4),
     "small": Settings(pool=600, volume=16, base=24, limit=128),
     "base": Settings(height=256, low_factor=2, batch=16, base=32, limit=512, pool=20000, volume=32, half_life=10000,
                      rate_planes=1e-3, gamma=10.0, warm_up=1000),

@@ -188,8 +188,8 @@ class Person:
 
 @torch.no_grad()
 def test_eleven_guided_samples_see_what_432_see() -> None:
-    """A person of 192 pixels, guided by 48: 45 times fewer evaluations. Outlines are where the two may differ."""
-    beta, size, low_size = 0.004, (192, 96), (48, 24)
+    """A person of 256 pixels, guided by 64: 45 times fewer evaluations. Outlines are where the two may differ."""
+    beta, size, low_size = 0.004, (256, 128), (64, 32)
     scene = Person(3)
     camera = single(orbit(scene.bounds, [0.4], 0.1, aspect=0.5))
     rays = camera_rays(camera, size, scene.bounds)
@@ -197,7 +197,7 @@ def test_eleven_guided_samples_see_what_432_see() -> None:
     assert full.asked == scene.count == 432 * full.rays
     scene.count = 0
     low = render_uniform(scene, camera_rays(camera, low_size, scene.bounds), 72, beta)
-    guide = guide_from(low, low_size, size, reach=2 / 48)
+    guide = guide_from(low, low_size, size, reach=2 / 64)
     guided = render_guided(scene, rays, guide, beta)
     assert low.asked + guided.asked == scene.count
     assert guided.asked == 11 * guided.rays
