@@ -51,7 +51,8 @@ CODE_NAMES = ("body/shape", "body/tex", *(f"{p}/{k}" for p in PARTS for k in ("s
 
 @dataclass(frozen=True)
 class Settings(gan.Settings):
-    """One size of the stage. Rates and weights were chosen on `tiny` and `small`; `base` is untested."""
+    """One size of the stage. Rates and weights are first guesses: stable over some hundred steps on a CPU, not tuned,
+    and `base` has not run. Let `populace eval` decide whether a stage made the weights better."""
 
     height: int = 64  # of pictures; width is 3/4 of it
     low_factor: int = 1  # the guiding picture is so much smaller
