@@ -19,7 +19,7 @@ from PIL import Image
 from backend import families, pipeline, poses
 from backend.families.base import FamilyModel
 from backend.packet import HumanAsset
-from backend.protocol import GenerateRequest, parse_request
+from backend.protocol import GenerateRequest, PopulaceError, parse_request
 from backend.render.shade import Maps, render_sheet
 from backend.settings import Settings
 
@@ -86,8 +86,8 @@ class Sheets:
                 take = {"op": "part", "parts": [part], "other": {"seed": 10 + d}}
                 try:
                     rows.append(tiles(self._made(seed=1, edits=[take]), ("front",)))
-                except Exception as error:  # a donor without the part
-                    if "wears no" not in str(error) and "has no" not in str(error):
+                except PopulaceError as error:  # a donor without the part
+                    if error.code not in ("invalid_request", "invalid_latents"):
                         raise
                     rows.append(np.full_like(rows[0], 255))
         return grid(rows, 1 + donors)

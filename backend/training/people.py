@@ -24,6 +24,7 @@ from backend.families.people.config import (
     CODE_DIM,
     IRIS,
     LOOSE,
+    MAX_ITEMS,
     ORDER,
     OWN,
     PARTS,
@@ -87,7 +88,10 @@ def _load(data: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, np.nda
 
 
 def _facts(size: str, items: Mapping[str, list], body: Mapping, skin: Mapping, field: Mapping) -> dict[str, Any]:
-    """What the sizes of the networks depend on, and the names of things."""
+    """What the sizes of the networks depend on, and the names of things. Raises ValueError for too many items."""
+    for part in PARTS:
+        if len(items[part]) + (part in CLOTH) > MAX_ITEMS:  # their weights would run into the trims of the code
+            raise ValueError(f"{len(items[part])} items of {part} are too many: a code holds {MAX_ITEMS}. Take some out.")
     raw = body["attributes"]
     low, high = field["bounds_low"], field["bounds_high"]
     order = np.argsort(-skin["skin_palettes"].mean(1))
