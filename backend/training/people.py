@@ -91,7 +91,7 @@ def _facts(size: str, items: Mapping[str, list], body: Mapping, skin: Mapping, f
     """What the sizes of the networks depend on, and the names of things. Raises ValueError for too many items."""
     for part in PARTS:
         if len(items[part]) + (part in CLOTH) > MAX_ITEMS:  # their weights would run into the trims of the code
-            raise ValueError(f"{len(items[part])} items of {part} are too many: a code holds {MAX_ITEMS}. Take some out.")
+            raise ValueError(f"{len(items[part])} items of {part} are too many: a code holds {MAX_ITEMS}.")
     raw = body["attributes"]
     low, high = field["bounds_low"], field["bounds_high"]
     order = np.argsort(-skin["skin_palettes"].mean(1))
