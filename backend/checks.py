@@ -34,6 +34,7 @@ def check(request: GenerateRequest) -> None:
     if request.pose not in poses.pose_names():
         raise PopulaceError("invalid_request", f"There is no pose called {request.pose!r}.",
                             f"Choose one of: {', '.join(poses.pose_names())}.")  # fmt: skip
+    _shape_keys(info, request.shape_keys)
     _codes(info, request.latents or {})
     for edit in request.edits:
         match edit:
@@ -75,6 +76,14 @@ def _codes(info: FamilyInfo, latents: Mapping[str, list[list[float]]]) -> None:
             )  # fmt: skip
         if not all(abs(x) <= FLOAT32_MAX for x in rows[0]):
             raise PopulaceError("invalid_latents", f"Latents {name!r} are too large for float32.", "Send smaller ones.")
+
+
+def _shape_keys(info: FamilyInfo, names: Iterable[str]) -> None:
+    numbers = [attribute.name for attribute in info.attributes if attribute.kind == "number"]
+    for name in names:
+        if name not in numbers:
+            raise PopulaceError("invalid_request", f"The family {info.name!r} has no shape keys of {name!r}.",
+                                f"It has them of: {', '.join(numbers) or 'nothing'}.")  # fmt: skip
 
 
 def _parts(info: FamilyInfo, parts: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from backend.protocol import MAX_LODS, GenerateRequest, PopulaceError, invalid, parse_json
 
 _FIELDS = ("family", "seed", "truncation_psi", "prompt", "pose", "separate", "grid_resolution", "faces", "lods",
-           "texture_size", "unwrap")  # fmt: skip
+           "texture_size", "unwrap", "maps", "shape_keys")  # fmt: skip
 
 
 def add_quality(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lods", type=int, choices=range(1, MAX_LODS + 1), help="levels of detail (default: 1)")
     parser.add_argument("--pose", metavar="NAME", help="of the skeleton (default: rest)")
+    parser.add_argument("--maps", choices=("pbr", "color"), help="color: no normal and roughness maps (default: pbr)")
+    parser.add_argument("--shape-keys", type=_names, metavar="NAME,NAME",
+                        help="shape keys NAME_min and NAME_max of numbers such as height_m, weight")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("."), help="folder, made if needed (default: .)")
     parser.add_argument("--format", choices=("glb", "obj", "blend"), default="glb", help="default: glb")
     parser.add_argument("--json", action="store_true", help="print one JSON line per person on stdout")
@@ -169,6 +172,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def kinds(text: str) -> list[str]:

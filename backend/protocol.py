@@ -24,6 +24,7 @@ MAX_JSON_BYTES: Final = 1 << 20
 MAX_JSON_DEPTH: Final = 32
 MAX_EDITS: Final = 64
 MAX_LODS: Final = 4
+MAX_SHAPE_KEYS: Final = 16
 
 ErrorCode = Literal[
     "unauthorized", "forbidden", "not_found", "method_not_allowed", "conflict", "too_large", "invalid_request",
@@ -214,6 +215,10 @@ class GenerateRequest(Model):
     lods: int = Field(default=1, ge=1, le=MAX_LODS, description="levels of detail, each with a quarter of the faces")
     texture_size: Literal[512, 1024, 2048, 4096] = 1024
     unwrap: Literal["atlas", "xatlas"] = "atlas"
+    maps: Literal["pbr", "color"] = Field(default="pbr", description="color: no normal and no roughness map")
+    shape_keys: Annotated[list[Name], Field(max_length=MAX_SHAPE_KEYS), AfterValidator(_once)] = Field(
+        default_factory=list, description="numeric attributes; each gives two keys, NAME_min and NAME_max"
+    )
 
 
 class JobRequest(Model):

@@ -62,6 +62,8 @@ class Request:
     faces: int = 30000
     lods: int = 1
     texture_size: int = 1024
+    maps: str = "pbr"  # "color": no normal and no roughness map
+    shape_keys: list[str] = field(default_factory=list)  # numeric attributes, each as two shape keys
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -64,6 +64,10 @@ class HumanField(Protocol):
         """sRGB base colour in 0..1, meaningful near the surface."""
         ...
 
+    def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
+        """Roughness (perceptual, as in glTF and Principled BSDF) and metallic, 0..1, meaningful near the surface."""
+        ...
+
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Displacement from field space to person space, metres; zeros if the two are one."""
         ...

@@ -37,6 +37,9 @@ class Shape:
     def color(self, points):
         return self._color(points)
 
+    def material(self, points):
+        return points.new_tensor([0.5, 0.0]).expand(len(points), 2)
+
     def region(self, points):
         return torch.zeros(len(points), dtype=torch.int64)
 

@@ -44,6 +44,9 @@ class Ball:
         red, grey = points.new_tensor([0.8, 0.1, 0.1]), points.new_tensor([0.5, 0.5, 0.5])
         return torch.where(points[:, :1] > 0, red, grey)
 
+    def material(self, points):
+        return points.new_tensor([0.5, 0.0]).expand(len(points), 2)
+
     def offset(self, points):
         return self.move.expand_as(points)
 
@@ -231,6 +234,9 @@ class Snowman:
 
     def color(self, points):
         return torch.full_like(points, 0.5)
+
+    def material(self, points):
+        return points.new_tensor([0.5, 0.0]).expand(len(points), 2)
 
     def offset(self, points):
         return torch.zeros_like(points)

@@ -33,6 +33,7 @@ def test_every_field_of_a_request_arrives() -> None:
         seed=2**53 - 1, family="capsule", truncation_psi=1, latents=latents, parameters={"single": True},
         prompt="tall", edits=[{"op": "remove", "parts": ["top"]}], pose="sitting", separate=True,
         grid_resolution=64, faces=500, lods=4, texture_size=4096,
+        maps="color", shape_keys=["height_m"],
     )  # fmt: skip
     heard = protocol.parse_request(protocol.parse_json(json.dumps(request.to_json()).encode()))
     arrived = heard.model_dump()

@@ -35,6 +35,7 @@ _REACH = np.array([0.20, 0.15, 0.10, 0.15, 0.15, 0.10, 0.05, 0.15])
 _SLOPE = np.array([0.4, 1, 1, 1, 1, 1, 1, 1])
 _CONTRAST = 1.5  # a colour is sigmoid(_CONTRAST * code)
 _COLORED = {"top_color": ("torso", "arm.L", "arm.R"), "bottom_color": ("leg.L", "leg.R")}  # regions of an attribute
+ROUGHNESS = (0.5, 0.8)  # of the head, which is bare, and of everything else
 STRIPE_M = 0.1  # height of one stripe
 _CHUNK = 1 << 15  # points at a time: what stays in the cache is several times faster
 
@@ -167,6 +168,12 @@ class CapsuleField:
         """Level stripes in two colours per region."""
         stripe = torch.floor(points[:, 1] / STRIPE_M).long() % 2
         return self._palette[self.region(points), stripe]
+
+    def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
+        """Nothing is of metal."""
+        skin, cloth = ROUGHNESS
+        roughness = torch.where(self.region(points) == REGIONS.index("head"), skin, cloth).to(points)
+        return torch.stack([roughness, torch.zeros_like(roughness)], 1)
 
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return torch.zeros_like(points)

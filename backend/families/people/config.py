@@ -28,6 +28,11 @@ OWN, PLAIN = 6, 12
 PATTERN = slice(7, 12)
 SCALE = 13
 
+# roughness where nothing else is known; nobody wears metal
+ROUGHNESS = {"body": 0.5, "shoes": 0.4, "bottom": 0.85, "top": 0.85, "hair": 0.45, "accessory": 0.75}
+LIPS, WET = 0.32, 0.08  # of the lips, of eyeballs
+MOUTH = (0.0, 1.501), (0.025, 0.011)  # middle and half axes of the lips, seen from the front
+
 MAX_ITEMS = TRIM.start
 
 

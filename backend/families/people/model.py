@@ -31,6 +31,7 @@ from backend.families.people.config import (
     OWN,
     PARTS,
     PLAIN,
+    ROUGHNESS,
     SIZES,
     WORN,
     Z_DIM,
@@ -229,6 +230,14 @@ class Person:
             return net.body_tex(self.skin, code, points, facing)
         return net.textures[part](self.planes[part], code, points, facing)
 
+    def material(self, part: str, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
+        """Roughness and metallic of one part."""
+        if part == "body":
+            roughness = self.model.networks.body_tex.roughness(self.skin, points)
+        else:
+            roughness = points.new_full((len(points),), ROUGHNESS[part])
+        return torch.stack([roughness, torch.zeros_like(roughness)], 1)
+
 
 class PeopleField:
     """The field of a whole person, or of one part as an object of its own; see `HumanField`."""
@@ -240,6 +249,7 @@ class PeopleField:
         self.displacement = person.displacement
         self.skirted = "bottom" in self.worn and "skirt" in str(person.model.describe_part("bottom", person.codes))
         self.bounds = self.model.bounds
+        self._labelled: tuple[Tensor, int, Tensor] | None = None
         self.region_density = self.model.region_density
 
     def body_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
@@ -263,8 +273,11 @@ class PeopleField:
         return torch.cat([self._sdf(q) for q in points.split(CHUNK)])
 
     def label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
-        """Index into ("body", *worn) of the part whose surface is the outermost here."""
-        return torch.cat([self._label(q) for q in points.split(CHUNK)])
+        """Index into ("body", *worn) of the part whose surface is the outermost here. The last answer is kept, because
+        colour and material ask for the same points in turn."""
+        if self._labelled is None or self._labelled[0] is not points or self._labelled[1] != points._version:
+            self._labelled = (points, points._version, torch.cat([self._label(q) for q in points.split(CHUNK)]))
+        return self._labelled[2]
 
     def _label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         if self.part is not None:
@@ -284,6 +297,15 @@ class PeopleField:
             at = (label == i).nonzero().squeeze(1)
             if at.numel():
                 out = out.index_copy(0, at, self.person.color(part, points[at], facing[at]))
+        return out.clamp(0, 1)
+
+    def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
+        label = self.label(points)
+        out = points.new_zeros(len(points), 2)
+        for i, part in enumerate(self.person.parts):
+            at = (label == i).nonzero().squeeze(1)
+            if at.numel():
+                out = out.index_copy(0, at, self.person.material(part, points[at]))
         return out.clamp(0, 1)
 
     def _neighbours(self, points: Tensor) -> tuple[Tensor, Tensor]:

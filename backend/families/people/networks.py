@@ -24,13 +24,17 @@ from backend.families.people.config import (
     EYES,
     FACE,
     IRIS,
+    LIPS,
     LOOSE,
+    MOUTH,
     OWN,
     PATTERN,
+    ROUGHNESS,
     SCALE,
     SKIN,
     THICK,
     TRIM,
+    WET,
     WHOLE,
     Size,
 )
@@ -238,6 +242,16 @@ class BodyTexture(nn.Module):
             0.75 * self.brow.read(brow, local, local).clamp(0, 1), w[0, 3:6].expand(len(local), 3)))  # fmt: skip
         return self._over(out, self.eye, EYES, points, lambda local: (
             self.eye.read(eye, local, local).clamp(0, 1), self.iris.read(iris, local, local)))  # fmt: skip
+
+    def roughness(self, mixed: tuple[list, list, list, list], points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Of skin, lips and the wet eyeballs."""
+        (x, y), (wide, high) = MOUTH
+        lips = 1.5 - ((points[:, 0] - x) / wide) ** 2 - ((points[:, 1] - y) / high) ** 2
+        lips = torch.where(points[:, 2] > 0.1, lips.clamp(0, 1), 0.0)
+        out = (ROUGHNESS["body"] + lips * (LIPS - ROUGHNESS["body"]))[:, None]
+        wet = out.new_tensor([[WET]])
+        return self._over(out, self.eye, EYES, points, lambda local: (
+            self.eye.read(mixed[3], local, local).clamp(0, 1), wet.expand(len(local), 1)))[:, 0]  # fmt: skip
 
     @staticmethod
     def _over(out: Tensor, bank: PlaneBank, volume: Volume, points: Tensor, layer: Callable) -> Tensor:
