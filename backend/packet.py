@@ -9,16 +9,19 @@ The packet is a safetensors file (8 bytes header length, JSON header, raw little
     part/<i>/uvs            f32 [U,2]  origin bottom-left
     part/<i>/face_uvs_idx   i32 [F,3]
     part/<i>/base_color.png u8  [n]    sRGB, a PNG file's bytes
-    part/<i>/normal.png     u8  [n]    tangent space, OpenGL convention (+Y up)
+    part/<i>/normal.png     u8  [n]    tangent space, OpenGL convention (+Y up); may be absent
+    part/<i>/orm.png        u8  [n]    occlusion (255: none), roughness, metallic, as glTF has them; may be absent
+    part/<i>/shape_keys     f32 [K,V,3] what each shape key adds to `vertices`; in every part or in none
     part/<i>/skin_indices   i32 [V,4]  with a rig only; so are skin_weights f32 [V,4]
     rig/heads, rig/tails    f32 [J,3];  rig/parents i32 [J], parents first, the root's is -1
     rig/rotations           f32 [J,4]  only of a posed person: unit quaternions wxyz, see `poses`; with them
     rig/translation         f32 [1,3]  of the roots. The mesh itself is in rest pose all the same.
     latents/<name>          f32 [L,C]
+    thumbnail.png           u8  [n]    the person in a small picture; older packets have none
 
 `__metadata__` holds "schema" and "asset": JSON with "parts" (one object per part, with its "name" and, of a coarser
 level of detail, "lod": 1, 2, ...; the whole person is there once per level), "bones" (names in
-the order of the rig), "attributes", "recipe" and "stats". Nothing in a packet depends on time or machine, so the same
+the order of the rig), "shape_keys" (their K names, if there are any), "attributes", "recipe" and "stats". Nothing in a packet depends on time or machine, so the same
 request gives the same bytes. The add-on has its own reader; tests/contract holds the file that both must read alike.
 """
 
@@ -41,6 +44,7 @@ from backend.tensors import dump_tensors, load_tensors, write_file
 SCHEMA = "populace.human/1"
 MAX_FILE_BYTES = 4 << 30
 MAX_PARTS = 64
+MAX_KEYS = 64
 MAX_ELEMENTS = 6_000_000  # rows of any one mesh array
 MAX_TEXTURE = 8192
 
@@ -60,9 +64,11 @@ class Part:
     uvs: Array
     face_uvs_idx: Array
     base_color_png: bytes
-    normal_png: bytes
+    normal_png: bytes | None = None
+    orm_png: bytes | None = None
     skin_indices: Array | None = None
     skin_weights: Array | None = None
+    shape_keys: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,15 @@ class HumanAsset:
     latents: Mapping[str, Array]
     rig: RigArrays | None
     meta: Mapping[str, Any]
+    thumbnail_png: bytes | None = None
 
     def part_name(self, i: int) -> str:
         return str(self.meta["parts"][i]["name"])
+
+    @property
+    def shape_keys(self) -> list[str]:
+        """Names in the order of the parts' arrays."""
+        return list(self.meta.get("shape_keys", ()))
 
     def lod(self, i: int) -> int:
         """Level of detail of part `i`; 0 is the full one."""
@@ -135,15 +147,17 @@ def dumps(asset: HumanAsset) -> bytes:
     for i, part in enumerate(asset.parts):
         arrays = {"vertices": part.vertices, "faces": part.faces, "normals": part.normals, "uvs": part.uvs,
                   "face_uvs_idx": part.face_uvs_idx, "skin_indices": part.skin_indices,
-                  "skin_weights": part.skin_weights,
-                  "base_color.png": np.frombuffer(part.base_color_png, np.uint8),
-                  "normal.png": np.frombuffer(part.normal_png, np.uint8)}  # fmt: skip
+                  "skin_weights": part.skin_weights, "shape_keys": part.shape_keys}  # fmt: skip
+        pngs = {"base_color.png": part.base_color_png, "normal.png": part.normal_png, "orm.png": part.orm_png}
+        arrays |= {name: np.frombuffer(png, np.uint8) for name, png in pngs.items() if png is not None}
         tensors |= {f"part/{i}/{name}": array for name, array in arrays.items() if array is not None}
     if asset.rig is not None:
         tensors |= {"rig/heads": asset.rig.heads, "rig/tails": asset.rig.tails, "rig/parents": asset.rig.parents}
         pose = {"rig/rotations": asset.rig.rotations, "rig/translation": asset.rig.translation}
         tensors |= {name: array for name, array in pose.items() if array is not None}
     tensors |= {f"latents/{name}": codes for name, codes in asset.latents.items()}
+    if asset.thumbnail_png is not None:
+        tensors["thumbnail.png"] = np.frombuffer(asset.thumbnail_png, np.uint8)
     meta = json.dumps(asset.meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return b"".join(dump_tensors(tensors, {"schema": SCHEMA, "asset": meta}))
 
@@ -196,16 +210,22 @@ def _asset(tensors: dict[str, Array], metadata: dict[str, str]) -> HumanAsset:
             rig = replace(rig, rotations=rotations, translation=_take(left, "rig/translation", "<f4", 3, 1))
     if not 0 < len(meta["parts"]) <= MAX_PARTS:
         raise PacketError(f"{len(meta['parts'])} parts")
-    parts = tuple(_part(left, f"part/{i}/", rig) for i in range(len(meta["parts"])))
+    keys = meta.get("shape_keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(keys) > MAX_KEYS:
+        raise PacketError("its shape keys have no names")
+    if len(set(keys)) < len(keys):
+        raise PacketError("two shape keys have one name")
+    parts = tuple(_part(left, f"part/{i}/", rig, len(keys)) for i in range(len(meta["parts"])))
     latents = {name.removeprefix("latents/"): left.pop(name) for name in list(left) if name.startswith("latents/")}
     if any(codes.ndim != 2 or codes.dtype != "<f4" or not np.isfinite(codes).all() for codes in latents.values()):
         raise PacketError("latents are not finite rows of numbers")
+    thumbnail = _png(left, "thumbnail.png") if "thumbnail.png" in left else None
     if left:
         raise PacketError(f"unknown array {min(left)}")
-    return HumanAsset(parts, latents, rig, meta)
+    return HumanAsset(parts, latents, rig, meta, thumbnail)
 
 
-def _part(left: dict[str, Array], at: str, rig: RigArrays | None) -> Part:
+def _part(left: dict[str, Array], at: str, rig: RigArrays | None, keys: int) -> Part:
     vertices = _take(left, at + "vertices", "<f4", 3)
     faces = _take(left, at + "faces", "<i4", 3)
     uvs = _take(left, at + "uvs", "<f4", 2)
@@ -217,14 +237,23 @@ def _part(left: dict[str, Array], at: str, rig: RigArrays | None) -> Part:
         skin_indices = _take(left, at + "skin_indices", "<i4", 4, len(vertices))
         skin_weights = _take(left, at + "skin_weights", "<f4", 4, len(vertices))
         _in_range(skin_indices, 0 if rig is None else len(rig.heads), at)
+    maps = {name: _png(left, f"{at}{name}.png") for name in ("base_color", "normal", "orm")
+            if name == "base_color" or f"{at}{name}.png" in left}  # fmt: skip
+    offsets = None
+    if keys:
+        offsets = _take(left, at + "shape_keys", "<f4", (len(vertices), 3), keys)
     return Part(vertices, faces, _take(left, at + "normals", "<f4", 3, len(vertices)), uvs, face_uvs_idx,
-                _png(left, at + "base_color.png"), _png(left, at + "normal.png"),
-                skin_indices, skin_weights)  # fmt: skip
+                maps["base_color"], maps.get("normal"), maps.get("orm"), skin_indices, skin_weights,
+                offsets)  # fmt: skip
 
 
-def _take(left: dict[str, Array], name: str, dtype: str, columns: int | None, rows: int | None = None) -> Array:
+def _take(
+    left: dict[str, Array], name: str, dtype: str, columns: int | tuple[int, ...] | None, rows: int | None = None
+) -> Array:
+    """Take an array of `rows` (any number but 0, if None) out of `left`; each row has the shape `columns`."""
     array = left.pop(name)
-    if array.dtype != dtype or array.shape[1:] != (() if columns is None else (columns,)) or array.ndim == 0:
+    row = () if columns is None else columns if isinstance(columns, tuple) else (columns,)
+    if array.dtype != dtype or array.ndim == 0 or array.shape[1:] != row:
         raise PacketError(f"{name} is {array.dtype} {list(array.shape)}")
     if not 0 < len(array) <= MAX_ELEMENTS or (rows is not None and len(array) != rows):
         raise PacketError(f"{name} has {len(array)} rows")

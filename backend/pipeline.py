@@ -30,6 +30,7 @@ from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.packet import HumanAsset, Part, RigArrays
 from backend.protocol import GenerateRequest, PopulaceError
+from backend.render.thumbnail import thumbnail
 
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
@@ -144,7 +145,9 @@ def _assemble(
         "stats": {"faces": sum(fact["faces"] for fact in facts if fact["lod"] == 0),
                   "closed": all(fact["closed"] for fact in facts)},
     }  # fmt: skip
-    return HumanAsset(tuple(parts), {k: _numpy(v, np.float32) for k, v in latents.codes.items()}, arrays, meta)
+    picture = thumbnail([(mesh, textures.base_color) for _, lod, mesh, textures in made if lod == 0])
+    codes = {k: _numpy(v, np.float32) for k, v in latents.codes.items()}
+    return HumanAsset(tuple(parts), codes, arrays, meta, picture)
 
 
 def mesh_facts(faces: np.ndarray[Any, Any], vertex_count: int) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Human:
     rig: Rig | None
     latents: Mapping[str, Array]  # name -> f32 [L, C]
     asset: Mapping[str, Any]  # the backend's description: "recipe", "attributes", "stats", ...
+    thumbnail_png: bytes | None = None  # a small square picture; older generators send none
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -164,9 +165,10 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
     parts = tuple(_part(arrays, i, name, lod, rig) for i, (name, lod) in enumerate(zip(names, lods)))
     latents = {name.removeprefix("latents/"): _checked(arrays, name, "<f4", (None, None))
                for name in list(arrays) if name.startswith("latents/")}  # fmt: skip
+    thumbnail = _png(arrays, "thumbnail.png") if "thumbnail.png" in arrays else None
     if arrays:
         raise PacketError(f"it holds an unknown array {min(arrays)[:60]!r}")
-    return Human(parts, rig, latents, asset)
+    return Human(parts, rig, latents, asset, thumbnail)
 
 
 def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None) -> Part:

@@ -169,7 +169,7 @@ def render_sheet(
         maps = look if isinstance(look, Maps) else None
         tiles = []
         for view in views:
-            camera = _face_camera(vertices, width / height) if view == "face" else _body_camera(view, width / height)
+            camera = face_camera(vertices, width / height) if view == "face" else _body_camera(view, width / height)
             images = render_mesh(vertices, faces, camera, (height, width), colors, maps, supersample)
             image = images["normal"] * 0.5 + 0.5 if output == "normal" else images[output]
             tiles.append((image[0].expand(-1, -1, 3).clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy())
@@ -182,7 +182,7 @@ def _body_camera(view: str, aspect: float) -> Camera:
     return orbit(bounds, [math.radians(VIEWS[view])], math.radians(2), math.radians(12), aspect, margin=1.0)
 
 
-def _face_camera(vertices: Float[Tensor, "V 3"], aspect: float) -> Camera:
+def face_camera(vertices: Float[Tensor, "V 3"], aspect: float) -> Camera:
     top = vertices[:, 1].amax()
     head = vertices[vertices[:, 1] > top - 0.22]
     middle = (head.amin(dim=0) + head.amax(dim=0)) / 2
