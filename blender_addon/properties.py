@@ -9,6 +9,8 @@ from typing import Any, Final
 import bpy
 from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 
+from .packet import Human
+
 MAX_SEED: Final = 2**31 - 1  # Blender's integers; the backend takes more
 RANDOM_SEEDS: Final = 1_000_000  # numbers that a person can read out
 MAX_COUNT: Final = 100
@@ -54,7 +56,8 @@ class PopulaceSettings(bpy.types.PropertyGroup):
 
 
 class PopulaceHuman(bpy.types.PropertyGroup):
-    """Who this is and how to make them again. On the topmost object of a person; empty everywhere else."""
+    """Who this is and how to make them again. On the topmost object of a person; empty everywhere else, but for
+    `part`, which every mesh of a person has."""
 
     uuid: StringProperty(name="Id", description="Tells this person from all others")
     family: StringProperty(name="Family", description="The generator family that made this person")
@@ -63,15 +66,23 @@ class PopulaceHuman(bpy.types.PropertyGroup):
     backend_version: StringProperty(name="Version", description="Version of the generator that made this person")
     height_m: FloatProperty(name="Height", description="Measured height in metres")
     recipe: StringProperty(name="Recipe", description="Everything needed to make this person again, as JSON")
+    attributes: StringProperty(name="Attributes", description="What can be said of this person, as JSON")
+    versions: StringProperty(name="Versions", description="Earlier and later versions of this person, as JSON")
+    locked: StringProperty(name="Locked Parts", description="Parts that a re-roll leaves alone, with commas between")
+    pose_mark: StringProperty(name="Pose Mark", description="Tells whether the pose was changed by hand")
+    part: StringProperty(name="Part", description="Which part of the person this mesh is")
 
-    def fill(self, uuid: str, recipe: dict[str, Any], height_m: float) -> None:
+    def fill(self, uuid: str, human: Human) -> None:
+        """Take down who this is, after insertion and after every edit."""
+        recipe, attributes = human.recipe, human.asset.get("attributes")
         self.uuid = uuid
         self.family = str(recipe.get("family", ""))
         self.seed = str(recipe.get("seed", ""))
         self.weights_sha256 = str(recipe.get("weights_sha256") or "")
         self.backend_version = str(recipe.get("version", ""))
-        self.height_m = height_m
+        self.height_m = human.height_m
         self.recipe = json.dumps(recipe, sort_keys=True)
+        self.attributes = json.dumps(attributes if isinstance(attributes, dict) else {}, sort_keys=True)
 
 
 def active_human(context: bpy.types.Context) -> bpy.types.Object | None:

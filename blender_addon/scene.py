@@ -51,7 +51,7 @@ class Batch:
         return x + (index - (self.count - 1) / 2) * self.spacing_m * units_per_metre, y, z
 
 
-class _Stage:
+class Stage:
     """Everything made for one person, so that all of it can be taken back."""
 
     def __init__(self) -> None:
@@ -71,33 +71,45 @@ def insert(context: bpy.types.Context, human: Human, batch: Batch, index: int = 
     Takes about 20 ms, with a rig about 100; coarser levels of detail add their share. Raises whatever goes wrong, with
     nothing left behind.
     """
-    units = 1.0 / max(context.scene.unit_settings.scale_length, 1e-9)
-    stage = _Stage()
+    stage = Stage()
     try:
-        rig = human.rig if batch.with_rig else None
-        is_posed = human.rig is not None and human.rig.rotations is not None  # the packet's pose stands on its y = 0
-        floor = 0.0 if is_posed else min(float(part.vertices[:, 1].min()) for part in human.parts if part.lod == 0)
         collection, remark = _batch_collection(context, batch, stage)
-        objects = [_part_object(stage, part, human, rig, floor, units) for part in human.parts]
-        root = objects[0]
-        if rig is not None:
-            root = _armature(context, stage, rig, floor, units)
-            _pose(root, rig, units)
-            for made, part in zip(objects, human.parts):
-                _bind(made, part, rig, root)
-        elif len(objects) > 1:
-            root = stage.new(bpy.data.objects, "Human", None)
-            root.empty_display_size = 0.3 * units
-        for made in objects:
-            if made is not root:
-                made.parent = root
-        root.location = batch.spot(index, units)
-        root.populace.fill(uuid.uuid4().hex, human.recipe, human.height_m)
+        root, objects = build(context, stage, human, batch.with_rig)
+        root.location = batch.spot(index, units_per_metre(context))
+        root.populace.fill(uuid.uuid4().hex, human)
         _link(context, collection, root, objects, batch)
         return root, remark
     except BaseException:
         stage.roll_back()
         raise
+
+
+def build(
+    context: bpy.types.Context, stage: Stage, human: Human, with_rig: bool
+) -> tuple[bpy.types.Object, list[bpy.types.Object]]:
+    """The objects of a person, not linked to any collection: the topmost one, and one per part of the packet."""
+    units = units_per_metre(context)
+    rig = human.rig if with_rig else None
+    is_posed = human.rig is not None and human.rig.rotations is not None  # the packet's pose stands on its y = 0
+    floor = 0.0 if is_posed else min(float(part.vertices[:, 1].min()) for part in human.parts if part.lod == 0)
+    objects = [_part_object(stage, part, human, rig, floor, units) for part in human.parts]
+    root = objects[0]
+    if rig is not None:
+        root = _armature(context, stage, rig, floor, units)
+        _pose(root, rig, units)
+        for made, part in zip(objects, human.parts):
+            _bind(made, part, rig, root)
+    elif len(objects) > 1:
+        root = stage.new(bpy.data.objects, "Human", None)
+        root.empty_display_size = 0.3 * units
+    for made in objects:
+        if made is not root:
+            made.parent = root
+    return root, objects
+
+
+def units_per_metre(context: bpy.types.Context) -> float:
+    return 1.0 / max(context.scene.unit_settings.scale_length, 1e-9)
 
 
 def to_blender(points: Array, floor: float = 0.0, units: float = 1.0) -> Array:
@@ -113,7 +125,7 @@ def to_blender(points: Array, floor: float = 0.0, units: float = 1.0) -> Array:
 
 
 def _part_object(
-    stage: _Stage, part: Part, human: Human, rig: Rig | None, floor: float, units: float
+    stage: Stage, part: Part, human: Human, rig: Rig | None, floor: float, units: float
 ) -> bpy.types.Object:
     """The mesh in rest pose if a rig will carry it, else as the person stands. Hidden if a coarser level of detail."""
     name = object_name(part, human)
@@ -133,6 +145,7 @@ def _part_object(
     compat.set_normals(mesh, to_blender(normals))
     mesh.materials.append(_material(stage, name, part))
     made = stage.new(bpy.data.objects, name, mesh)
+    made.populace.part = part.name
     made.hide_viewport = made.hide_render = part.lod > 0
     return made
 
@@ -150,7 +163,7 @@ def _has_degenerate(faces: Array) -> bool:
     return bool(((a == b) | (b == c) | (c == a)).any())
 
 
-def _material(stage: _Stage, name: str, part: Part) -> bpy.types.Material:
+def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
     """Principled BSDF with both maps; the base colour's node is active, so that Solid mode can show it."""
     material = stage.new(bpy.data.materials, name)
     compat.enable_nodes(material)
@@ -181,7 +194,7 @@ def _material(stage: _Stage, name: str, part: Part) -> bpy.types.Material:
     return material
 
 
-def _packed_image(stage: _Stage, name: str, png: bytes) -> bpy.types.Image:
+def _packed_image(stage: Stage, name: str, png: bytes) -> bpy.types.Image:
     """The PNG's own bytes become the packed file (1-5 ms); Blender decodes it when it is first shown."""
     image = stage.new(bpy.data.images, name, 1, 1)
     image.source = "FILE"
@@ -193,7 +206,7 @@ def _packed_image(stage: _Stage, name: str, png: bytes) -> bpy.types.Image:
 # ---------------------------------------------------------------------------------------------------------------- rig
 
 
-def _armature(context: bpy.types.Context, stage: _Stage, rig: Rig, floor: float, units: float) -> bpy.types.Object:
+def _armature(context: bpy.types.Context, stage: Stage, rig: Rig, floor: float, units: float) -> bpy.types.Object:
     """Bones can only be made in Edit Mode, so the armature is in the scene for that moment."""
     data = stage.new(bpy.data.armatures, "Human Rig")
     data.display_type = "WIRE"  # the dots of sticks would show through fingers and toes
@@ -275,7 +288,7 @@ def rounded_weights(bones: Array, weights: Array) -> tuple[Array, Array]:
 # --------------------------------------------------------------------------------------------------------- collections
 
 
-def _batch_collection(context: bpy.types.Context, batch: Batch, stage: _Stage) -> tuple[bpy.types.Collection, str]:
+def _batch_collection(context: bpy.types.Context, batch: Batch, stage: Stage) -> tuple[bpy.types.Collection, str]:
     """The batch's collection in this scene; made anew when the user deleted it or opened another file."""
     for collection in context.scene.collection.children_recursive:
         if collection.get(BATCH_KEY) == batch.id:
