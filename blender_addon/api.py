@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from .families import Family, parse
 from .messages import PROTOCOL_VERSION, BackendError, BadReply, Health, Status, error_from_json
 
 HOST: Final = "127.0.0.1"
@@ -54,6 +55,10 @@ class Api:
 
     async def health(self) -> Health:
         return Health.from_json(await self._json("GET", "/v1/health"))
+
+    async def families(self) -> tuple[Family, ...]:
+        """What can be made, with the hashes of the weights that would make it."""
+        return parse(await self._json("GET", "/v1/families"), await self._json("GET", "/v1/weights"))
 
     async def submit(self, job_id: str, client: str, request: dict[str, Any]) -> Status:
         """Submitting the same job twice is one job."""

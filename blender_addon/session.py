@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from . import process
 from .api import Address, Api, Unreachable
+from .families import Family
 from .messages import CLIENT_PREFIX, BackendError, Health, Request, Status
 from .packet import Human, read
 
@@ -73,6 +74,7 @@ class Session:
         self.error: BackendError | None = None  # why it is lost or failed
         self.details = ""  # the long text for the clipboard
         self.health: Health | None = None
+        self.families: tuple[Family, ...] = ()  # of the last backend that was connected
         self.jobs: dict[str, Job] = {}
         self.revision = 0
         self._loop = loop
@@ -96,6 +98,9 @@ class Session:
     def arrived(self) -> list[Job]:
         """Results that nobody took yet, oldest first."""
         return [job for job in self.jobs.values() if job.human is not None and not job.taken]
+
+    def family(self, name: str) -> Family | None:
+        return next((family for family in self.families if family.name == name), None)
 
     def connect(self) -> None:
         """Find the backend or start it. Does nothing while that is under way or done."""
@@ -246,7 +251,7 @@ class Session:
         api = Api(address)
         health = await api.health()
         health.check()
-        self.health = health
+        self.health, self.families = health, await api.families()
         return api
 
     async def _hold(self, api: Api) -> None:

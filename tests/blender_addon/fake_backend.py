@@ -18,6 +18,14 @@ from typing import Any
 
 IDLE_S = 1.0  # without a lease, then it ends
 TOKEN = "0123456789abcdef0123456789abcdef"
+FAMILY: dict[str, Any] = {
+    "name": "ball", "title": "Ball", "weights": "balls", "parts": ["body", "top"], "poses": ["rest", "sitting"],
+    "news": "a field of the future", "attributes": [
+        {"name": "height_m", "title": "Height", "kind": "number", "low": 1.5, "high": 2.0, "unit": "m"},
+        {"name": "top_color", "title": "Top colour", "kind": "color"},
+        {"name": "top", "title": "Top", "kind": "choice", "choices": ["none", "shirt"]},
+    ],
+}  # fmt: skip
 
 
 class FakeBackend:
@@ -36,6 +44,7 @@ class FakeBackend:
         self.mute = False  # accept connections, never answer
         self.error: dict[str, str] | None = None  # jobs fail with this
         self.protocol, self.version = 1, "9.9.9"
+        self.families: Any = [FAMILY]
         self.jobs: dict[str, dict[str, Any]] = {}
         self.seen: list[str] = []  # "METHOD path" of every request
         self.leases = 0
@@ -105,6 +114,10 @@ class FakeBackend:
         if route == "/health":
             await self._reply(writer, 200, {"protocol": self.protocol, "version": self.version, "pid": 1,
                                             "device": "cpu", "worker": "ready"})  # fmt: skip
+        elif route == "/families":
+            await self._reply(writer, 200, self.families)
+        elif route == "/weights":
+            await self._reply(writer, 200, [{"name": "balls", "sha256": "ab" * 32}])
         elif route == "/events":
             await self._events(reader, writer, path.partition("client=")[2])
         elif route == "/jobs" and method == "POST":
