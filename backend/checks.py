@@ -79,7 +79,7 @@ def _codes(info: FamilyInfo, latents: Mapping[str, list[list[float]]]) -> None:
 
 
 def _shape_keys(info: FamilyInfo, names: Iterable[str]) -> None:
-    numbers = [attribute.name for attribute in info.attributes if attribute.kind == "number"]
+    numbers = [attribute.name for attribute in info.attributes if attribute.kind == "number" and attribute.shape]
     for name in names:
         if name not in numbers:
             raise PopulaceError("invalid_request", f"The family {info.name!r} has no shape keys of {name!r}.",

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One human as GLB or OBJ: the formats of other programs. numpy only, so the server can convert too.
 
-A GLB keeps the mesh in rest pose and poses its joint nodes; an OBJ has no joints, so its mesh is posed.
+A GLB keeps the mesh in rest pose and poses its joint nodes; an OBJ has no joints, so its mesh is posed. Shape keys are
+morph targets of a GLB; their bones and normals stay those of the person without them.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from backend.tensors import write_file
 if TYPE_CHECKING:
     from backend.packet import HumanAsset, Part, RigArrays
 
-ROUGHNESS = 0.75  # of skin and cloth alike, until families say more
+ROUGHNESS = 0.75  # of people made without a map of it
 
 Array = np.ndarray[Any, Any]
 
@@ -66,7 +68,7 @@ def to_glb(asset: HumanAsset, lod: int = 0) -> bytes:
     for i in asset.at_lod(lod):
         roots.append(len(glb.nodes))
         part = asset.parts[i]
-        glb.add_part(part, asset.part_name(i), skinned=skin is not None and part.skin_indices is not None)
+        glb.add_part(part, asset.part_name(i), skin is not None and part.skin_indices is not None, asset.shape_keys)
     extra = {"skins": [skin]} if skin else {}
     recipe = asset.meta.get("recipe", {})
     return glb.pack(extra | {"scene": 0, "scenes": [{"name": "Human", "nodes": roots, "extras": {"recipe": recipe}}]})
@@ -114,7 +116,19 @@ class _Glb:
         image = self._add("images", {"name": name, "mimeType": "image/png", "bufferView": self._view(png)})
         return {"index": self._add("textures", {"source": image, "sampler": 0})}
 
-    def add_part(self, part: Part, name: str, skinned: bool) -> None:
+    def _material(self, part: Part, name: str) -> int:
+        pbr: dict[str, Any] = {"baseColorTexture": self._texture(part.base_color_png, f"{name} base color")}
+        if part.orm_png is None:
+            pbr |= {"metallicFactor": 0.0, "roughnessFactor": ROUGHNESS}
+        else:
+            pbr["metallicRoughnessTexture"] = self._texture(part.orm_png, f"{name} roughness and metallic")
+            pbr |= {"metallicFactor": 1.0, "roughnessFactor": 1.0}
+        material: dict[str, Any] = {"name": name, "pbrMetallicRoughness": pbr}
+        if part.normal_png is not None:
+            material["normalTexture"] = self._texture(part.normal_png, f"{name} normal")
+        return self._add("materials", material)
+
+    def add_part(self, part: Part, name: str, skinned: bool, shape_keys: Sequence[str]) -> None:
         vertex, uv, faces = corners(part)
         vertex_data, indices = 34962, 34963  # GL_ARRAY_BUFFER, GL_ELEMENT_ARRAY_BUFFER
         uvs = part.uvs[uv] * np.array([1, -1], np.float32) + np.array([0, 1], np.float32)  # glTF counts from the top
@@ -122,25 +136,23 @@ class _Glb:
         attributes = {
             "POSITION": self.accessor(part.vertices[vertex], "VEC3", vertex_data, bounds=True),
             "NORMAL": self.accessor(normals, "VEC3", vertex_data),
-            "TANGENT": self.accessor(
-                _tangents(part.vertices[vertex], normals, part.uvs[uv], faces), "VEC4", vertex_data
-            ),
             "TEXCOORD_0": self.accessor(uvs.astype(np.float32), "VEC2", vertex_data),
         }
+        if part.normal_png is not None:
+            tangents = _tangents(part.vertices[vertex], normals, part.uvs[uv], faces)
+            attributes["TANGENT"] = self.accessor(tangents, "VEC4", vertex_data)
         if skinned:
             joints, weights = _gltf_skin(part)
             attributes["JOINTS_0"] = self.accessor(joints[vertex], "VEC4", vertex_data)
             attributes["WEIGHTS_0"] = self.accessor(weights[vertex], "VEC4", vertex_data)
-        material = self._add("materials", {
-            "name": name,
-            "pbrMetallicRoughness": {"baseColorTexture": self._texture(part.base_color_png, f"{name} base color"),
-                                     "metallicFactor": 0.0, "roughnessFactor": ROUGHNESS},
-            "normalTexture": self._texture(part.normal_png, f"{name} normal"),
-        })  # fmt: skip
-        primitive = {"attributes": attributes, "material": material, "mode": 4,
+        primitive = {"attributes": attributes, "material": self._material(part, name), "mode": 4,
                      "indices": self.accessor(faces.astype("<u4").reshape(-1), "SCALAR", indices)}  # fmt: skip
-        mesh = self._add("meshes", {"name": name, "primitives": [primitive]})
-        self.nodes.append({"name": name, "mesh": mesh} | ({"skin": 0} if skinned else {}))
+        mesh: dict[str, Any] = {"name": name, "primitives": [primitive]}
+        if part.shape_keys is not None:
+            primitive["targets"] = [{"POSITION": self.accessor(offsets[vertex], "VEC3", vertex_data, bounds=True)}
+                                    for offsets in part.shape_keys]  # fmt: skip
+            mesh |= {"weights": [0.0] * len(shape_keys), "extras": {"targetNames": list(shape_keys)}}
+        self.nodes.append({"name": name, "mesh": self._add("meshes", mesh)} | ({"skin": 0} if skinned else {}))
 
     def pack(self, extra: Mapping[str, Any]) -> bytes:
         document = {"asset": {"version": "2.0", "generator": "Populace"}, "nodes": self.nodes, **self.json, **extra,
@@ -218,8 +230,14 @@ def to_obj(asset: HumanAsset, folder: Path, lod: int = 0) -> Path:
         vertices, normals = posed(asset, part)
         stem = f"{i}_{''.join(c if c.isalnum() else '_' for c in name)}"
         write_file(folder / f"{stem}_base_color.png", part.base_color_png)
-        write_file(folder / f"{stem}_normal.png", part.normal_png)
-        materials.append(f"newmtl {stem}\nKs 0 0 0\nmap_Kd {stem}_base_color.png\nnorm {stem}_normal.png\n")
+        material = [f"newmtl {stem}", "Ks 0 0 0", f"map_Kd {stem}_base_color.png"]
+        if part.normal_png is not None:
+            write_file(folder / f"{stem}_normal.png", part.normal_png)
+            material.append(f"norm {stem}_normal.png")
+        for key, channel, png in () if part.orm_png is None else _channels(part.orm_png):
+            write_file(folder / f"{stem}_{channel}.png", png)
+            material.append(f"{key} {stem}_{channel}.png")
+        materials.append("\n".join(material) + "\n")
         lines += [f"o {stem}", f"usemtl {stem}", "s 1"]
         lines += ["v {:.6f} {:.6f} {:.6f}".format(*row) for row in vertices.tolist()]
         lines += ["vt {:.6f} {:.6f}".format(*row) for row in part.uvs.tolist()]
@@ -230,3 +248,16 @@ def to_obj(asset: HumanAsset, folder: Path, lod: int = 0) -> Path:
     write_file(folder / "human.mtl", "\n".join(materials).encode())
     write_file(folder / "human.obj", ("\n".join(lines) + "\n").encode())
     return folder / "human.obj"
+
+
+def _channels(orm: bytes) -> list[tuple[str, str, bytes]]:
+    """Statement of an MTL file, name and grey PNG of roughness and metallic: readers of MTL take no single channels."""
+    from PIL import Image
+
+    found = []
+    with Image.open(io.BytesIO(orm)) as image:
+        for key, name, band in (("map_Pr", "roughness", "G"), ("map_Pm", "metallic", "B")):
+            out = io.BytesIO()
+            image.convert("RGB").getchannel(band).save(out, "PNG", compress_level=1)
+            found.append((key, name, out.getvalue()))
+    return found

@@ -21,8 +21,9 @@ The packet is a safetensors file (8 bytes header length, JSON header, raw little
 
 `__metadata__` holds "schema" and "asset": JSON with "parts" (one object per part, with its "name" and, of a coarser
 level of detail, "lod": 1, 2, ...; the whole person is there once per level), "bones" (names in
-the order of the rig), "shape_keys" (their K names, if there are any), "attributes", "recipe" and "stats". Nothing in a packet depends on time or machine, so the same
-request gives the same bytes. The add-on has its own reader; tests/contract holds the file that both must read alike.
+the order of the rig), "shape_keys" (their K names, if there are any), "attributes", "recipe" and "stats". Nothing in a
+packet depends on time or machine, so the same request gives the same bytes. The add-on has its own reader;
+tests/contract holds the file that both must read alike.
 """
 
 from __future__ import annotations

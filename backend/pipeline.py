@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from scipy.sparse import coo_array, csgraph
 
-from backend import __version__
+from backend import __version__, shape_keys
 from backend.edits import choose_latents, words_ignored
 from backend.families.base import FamilyModel, HumanField, Latents, Step, no_step
 from backend.geometry.bake import bake
@@ -34,7 +34,7 @@ from backend.render.thumbnail import thumbnail
 
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
-          "bake": 0.2, "encode": 0.1}  # fmt: skip
+          "bake": 0.18, "shape keys": 0.02, "encode": 0.1}  # fmt: skip
 MIN_FACES = 100  # of one object at a coarse level of detail
 MIN_TEXTURE = 256
 
@@ -72,9 +72,13 @@ def generate(
             with clock.stage("unwrap"):
                 flat = unwrap(coarse[i], field.region(coarse[i].points), size, request.unwrap, density)
             with clock.stage("bake"):
-                made.append((field, lod, flat, bake(field, mesh, flat, size, clock.step)))
+                textures = bake(field, mesh, flat, size, clock.step, pbr=request.maps == "pbr")
+                made.append((field, lod, flat, textures))
+    with clock.stage("shape keys"):
+        meshes = [(field, mesh) for field, _, mesh, _ in made]
+        keys = shape_keys.make(request.shape_keys, latents, model, meshes, request.separate, clock.step)
     with clock.stage("encode"):
-        asset = _assemble(made, latents, request, model).in_pose(request.pose)
+        asset = _assemble(made, keys, latents, request, model).in_pose(request.pose)
     clock.counts |= {"fine_faces": total, "faces": asset.meta["stats"]["faces"]}
     return asset, clock.stats()
 
@@ -100,6 +104,7 @@ def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh
 
 def _assemble(
     made: Sequence[tuple[HumanField, int, TriMesh, Textures]],
+    keys: Mapping[str, Sequence[torch.Tensor]],
     latents: Latents,
     request: GenerateRequest,
     model: FamilyModel,
@@ -108,9 +113,11 @@ def _assemble(
     heights = [y for _, lod, mesh, _ in made if lod == 0 for y in mesh.vertices[:, 1].aminmax()]
     floor, height = float(min(heights)), float(max(heights)) - float(min(heights))
     drop = np.array([0, floor, 0], np.float32)
-    maps = [m for _, _, _, textures in made for m in (textures.base_color, textures.normal)]
+    offsets = _on_the_floor(made, keys, floor)
+    textures = [textures for *_, textures in made]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # zlib releases the interpreter lock
-        pngs = list(pool.map(_png, maps))
+        maps = ([t.base_color for t in textures], [t.normal for t in textures], [t.orm for t in textures])
+        colors, normals, orms = map(list, [pool.map(_png, pixels) for pixels in maps])
     parts, facts = [], []
     for i, (field, lod, mesh, _) in enumerate(made):
         assert mesh.uvs is not None
@@ -120,9 +127,10 @@ def _assemble(
             vertices=_numpy(mesh.vertices, np.float32) - drop, faces=_numpy(mesh.faces, np.int32),
             normals=_numpy(vertex_normals(mesh.vertices, mesh.faces), np.float32),
             uvs=_numpy(mesh.uvs, np.float32), face_uvs_idx=_numpy(mesh.face_uvs_idx, np.int32),
-            base_color_png=pngs[2 * i], normal_png=pngs[2 * i + 1],
+            base_color_png=colors[i], normal_png=normals[i] or None, orm_png=orms[i] or None,
             skin_indices=_numpy(skin[0], np.int32) if skin else None,
             skin_weights=_numpy(skin[1], np.float32) if skin else None,
+            shape_keys=offsets[i] if keys else None,
         ))  # fmt: skip
         facts.append({"name": f"{field.name}_LOD{lod}" if lod else field.name, "lod": lod,
                       **mesh_facts(parts[-1].faces, len(parts[-1].vertices)),
@@ -136,6 +144,7 @@ def _assemble(
     meta = {
         "parts": facts,
         "bones": list(rig.names) if rig else [],
+        **({"shape_keys": list(keys)} if keys else {}),
         "attributes": {**model.describe(latents), "height_m": round(height, 4)},
         # With the latents of the packet the recipe makes this person again, so what led to them stands aside.
         "recipe": {**{k: v for k, v in asked.items() if k not in ("latents", "prompt", "edits")},
@@ -150,6 +159,18 @@ def _assemble(
     return HumanAsset(tuple(parts), codes, arrays, meta, picture)
 
 
+def _on_the_floor(
+    made: Sequence[tuple[HumanField, int, TriMesh, Textures]], keys: Mapping[str, Sequence[torch.Tensor]], floor: float
+) -> list[np.ndarray[Any, Any]]:
+    """Per mesh the keys' offsets f32 [K, V, 3], so that at each key the lowest point of the person is on the floor."""
+    if not keys:
+        return []
+    lows = [min(float((mesh.vertices + moved)[:, 1].min()) for (_, lod, mesh, _), moved in zip(made, key) if lod == 0)
+            for key in keys.values()]  # fmt: skip
+    rise = np.array([[0, floor - low, 0] for low in lows], np.float32)[:, None]
+    return [_numpy(torch.stack([key[i] for key in keys.values()]), np.float32) + rise for i in range(len(made))]
+
+
 def mesh_facts(faces: np.ndarray[Any, Any], vertex_count: int) -> dict[str, Any]:
     """Faces, connected components, and whether the surface is closed: every directed edge once, with its reverse."""
     edges = np.stack([faces, np.roll(faces, -1, 1)], 2).reshape(-1, 2).astype(np.int64)
@@ -160,7 +181,10 @@ def mesh_facts(faces: np.ndarray[Any, Any], vertex_count: int) -> dict[str, Any]
     return {"faces": len(faces), "closed": closed, "components": int(csgraph.connected_components(graph, False)[0])}
 
 
-def _png(pixels: torch.Tensor) -> bytes:
+def _png(pixels: torch.Tensor | None) -> bytes:
+    """The file's bytes, none of a map that was not made."""
+    if pixels is None:
+        return b""
     out = io.BytesIO()
     Image.fromarray(_numpy(pixels, np.uint8)).save(out, "PNG", compress_level=1)
     return out.getvalue()

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +25,7 @@ MAX_HEADER_BYTES: Final = 16 << 20
 MAX_PARTS: Final = 64
 MAX_ROWS: Final = 6_000_000  # of any mesh array
 MAX_BONES: Final = 2000
+MAX_KEYS: Final = 64
 MAX_TEXTURE_PX: Final = 8192
 _DTYPES: Final = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
@@ -49,10 +50,12 @@ class Part:
     uvs: Array  # f32 [U, 2]
     face_uvs_idx: Array  # i32 [F, 3], every index < U
     base_color_png: bytes
-    normal_png: bytes
+    normal_png: bytes | None = None
+    orm_png: bytes | None = None  # occlusion, roughness, metallic
     skin_indices: Array | None = None  # i32 [V, 4]
     skin_weights: Array | None = None  # f32 [V, 4], not negative
     lod: int = 0  # level of detail; the whole person is there once per level, 0 is the full one
+    shape_keys: Mapping[str, Array] = field(default_factory=dict)  # f32 [V, 3] by name: what is added to `vertices`
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,12 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
     lods = [part.get("lod", 0) for part in asset["parts"]]
     if not all(type(lod) is int and 0 <= lod < MAX_PARTS for lod in lods) or 0 not in lods:
         raise PacketError("its levels of detail are not numbers from 0 on")
-    parts = tuple(_part(arrays, i, name, lod, rig) for i, (name, lod) in enumerate(zip(names, lods)))
+    keys = asset.get("shape_keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(keys) > MAX_KEYS:
+        raise PacketError("its shape keys have no names")
+    if len(set(keys)) != len(keys) or not all(0 < len(key.encode()) <= 63 for key in keys):
+        raise PacketError("its shape keys have no proper names")
+    parts = tuple(_part(arrays, i, name, lod, rig, keys) for i, (name, lod) in enumerate(zip(names, lods)))
     latents = {name.removeprefix("latents/"): _checked(arrays, name, "<f4", (None, None))
                for name in list(arrays) if name.startswith("latents/")}  # fmt: skip
     thumbnail = _png(arrays, "thumbnail.png") if "thumbnail.png" in arrays else None
@@ -171,7 +179,7 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
     return Human(parts, rig, latents, asset, thumbnail)
 
 
-def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None) -> Part:
+def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None, keys: list[str]) -> Part:
     at = f"part/{i}/"
     vertices = _checked(arrays, at + "vertices", "<f4", (None, 3))
     faces = _checked(arrays, at + "faces", "<i4", (None, 3), below=len(vertices))
@@ -184,10 +192,12 @@ def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None
         skin_weights = _checked(arrays, at + "skin_weights", "<f4", (len(vertices), 4))
         if skin_weights.min() < 0:
             raise PacketError(f"{at} has negative skin weights")
+    normal, orm = (_png(arrays, at + png) if at + png in arrays else None for png in ("normal.png", "orm.png"))
+    moves = _checked(arrays, at + "shape_keys", "<f4", (len(keys), len(vertices), 3)) if keys else ()
     return Part(
         str(name)[:60], vertices, faces, _checked(arrays, at + "normals", "<f4", (len(vertices), 3)), uvs,
         _checked(arrays, at + "face_uvs_idx", "<i4", (len(faces), 3), below=len(uvs)),
-        _png(arrays, at + "base_color.png"), _png(arrays, at + "normal.png"), skin_indices, skin_weights, lod,
+        _png(arrays, at + "base_color.png"), normal, orm, skin_indices, skin_weights, lod, dict(zip(keys, moves)),
     )  # fmt: skip
 
 

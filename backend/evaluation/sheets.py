@@ -41,7 +41,7 @@ def tiles(asset: HumanAsset, views: Sequence[str], height: int = HEIGHT) -> np.n
             return torch.from_numpy(np.asarray(opened.convert("RGB"), np.float32) / 255)
 
     maps = Maps(torch.from_numpy(part.uvs.copy()), torch.from_numpy(part.face_uvs_idx.astype(np.int64)),
-                image(part.base_color_png), image(part.normal_png))  # fmt: skip
+                image(part.base_color_png), None if part.normal_png is None else image(part.normal_png))  # fmt: skip
     faces = torch.from_numpy(part.faces.astype(np.int64))
     return render_sheet([(torch.from_numpy(np.ascontiguousarray(vertices, np.float32)), faces, maps)], views, height)
 

@@ -72,6 +72,11 @@ class HumanField(Protocol):
         """Displacement from field space to person space, metres; zeros if the two are one."""
         ...
 
+    def counterpart(self, points: Float[Tensor, "N 3"], other: Any) -> Float[Tensor, "N 3"]:
+        """About where these points lie in the field of the same part of an edited person: the points themselves if
+        the field space is shared. Only called for families with numeric attributes; shape keys start from there."""
+        ...
+
     def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         """Body region per point (head, torso, left arm, ...): atlas charts do not cross regions. Zeros if none."""
         ...
@@ -119,6 +124,7 @@ class Attribute:
     high: float = 1.0
     unit: str = ""
     choices: tuple[str, ...] = ()
+    shape: bool = True  # of numbers: whether the surface changes with it, so that it can be a shape key
 
 
 AttributeValue = float | Sequence[float] | str

@@ -3,7 +3,7 @@
 
 Every texel is taken from its place on the coarse mesh to the closest point of the fine mesh, walking over fine faces
 from a corner of its coarse face: the walk cannot jump to the other side of a cuff or to the next finger. There the
-field gives the colour and the fine mesh the normal.
+field gives colour and material, and the fine mesh the normal.
 
 Tangent space as MikkTSpace (Mikkelsen 2008) has it, which Blender and glTF use: per uv vertex, the direction of
 growing u in each face, turned into the plane of the vertex normal and averaged by angle; bitangent = sign * (normal x
@@ -31,12 +31,15 @@ _CHUNK = 1 << 15  # points for the field between two looks at whether to stop
 
 
 @torch.no_grad()
-def bake(field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, step: Step = no_step) -> Textures:
-    """Base colour and tangent-space normal map of `mesh`, which has uvs and lies close to `fine`.
+def bake(
+    field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, step: Step = no_step, pbr: bool = True
+) -> Textures:
+    """Base colour and, if `pbr`, tangent-space normal and ORM maps of `mesh`, which has uvs and lies close to `fine`.
 
-    `field.color` is asked once for each covered texel, at a point of the fine surface. Texels that no chart covers
-    take the value of the nearest covered one, so nothing bleeds in at seams. Shading normals are those of
-    `vertex_normals(mesh.vertices, mesh.faces)`. Raises `internal_error` if a colour is not finite.
+    `field.color` and `field.material` are asked once for each covered texel, at a point of the fine surface, one right
+    after the other with the same tensor. Texels that no chart covers take the value of the nearest covered one, so
+    nothing bleeds in at seams. Shading normals are those of `vertex_normals(mesh.vertices, mesh.faces)`. Raises
+    `internal_error` if a colour or material is not finite.
     """
     assert mesh.uvs is not None
     assert mesh.face_uvs_idx is not None
@@ -68,19 +71,24 @@ def bake(field: HumanField, fine: TriMesh, mesh: TriMesh, texture_size: int, ste
     with ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:
         for share, _ in enumerate(pool.map(work, range(len(bounds) - 1))):
             step("bake", 0.1 + 0.3 * (share + 1) / (len(bounds) - 1))
-    colors = []
+    done, looks = 0, []
     for chunk in torch.from_numpy(points).to(fine.vertices.device).split(_CHUNK):
-        colors.append(field.color(chunk))
-        step("bake", 0.4 + 0.5 * min(1.0, len(colors) * _CHUNK / len(points)))
-    color = torch.cat(colors)
-    if not torch.isfinite(color).all():
+        looks.append(torch.cat([field.color(chunk), field.material(chunk)], 1) if pbr else field.color(chunk))
+        done += len(chunk)
+        step("bake", 0.4 + 0.5 * done / len(points))
+    look = torch.cat(looks)
+    if not torch.isfinite(look).all():
         raise PopulaceError(
             "internal_error", f"The colours of {field.name!r} are not finite.", "Try another seed; verify the weights."
         )
-    base_color = (color.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
+    pixels = (look.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
     nearest = _nearest(texels, texture_size)
     log.info("bake: %d of %d texels covered", len(texels), texture_size**2)
-    return Textures(torch.from_numpy(base_color[nearest]), torch.from_numpy(normal[nearest]))
+    base_color = torch.from_numpy(np.ascontiguousarray(pixels[:, :3])[nearest])
+    if not pbr:
+        return Textures(base_color)
+    pixels[:, 2] = 255  # the colour's last channel makes room for "not occluded"
+    return Textures(base_color, torch.from_numpy(normal[nearest]), torch.from_numpy(pixels[:, 2:][nearest]))
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -27,7 +27,8 @@ class Textures:
     """Baked maps, top row first as image files have them."""
 
     base_color: Int[Tensor, "H W 3"]  # uint8 sRGB
-    normal: Int[Tensor, "H W 3"]  # uint8, tangent space, OpenGL convention (+Y up), MikkTSpace-compatible tangents
+    normal: Int[Tensor, "H W 3"] | None = None  # uint8, tangent space, OpenGL convention (+Y up), MikkTSpace tangents
+    orm: Int[Tensor, "H W 3"] | None = None  # uint8, glTF's layout: occlusion (255: none), roughness, metallic
 
 
 def vertex_normals(vertices: Float[Tensor, "V 3"], faces: Int[Tensor, "F 3"]) -> Float[Tensor, "V 3"]:

@@ -152,6 +152,33 @@ def test_the_field_is_asked_once_on_its_own_surface():
     assert 0.3 * 512**2 < len(points) < 512**2
 
 
+def test_material_is_baked_where_the_colour_is():
+    """Roughness 0.2 above and 0.6 below, metal on one side: texel by texel with a colour that says the same."""
+
+    def sides(points):
+        return (points[:, :2] > 0).float()
+
+    field = Shape(ball(), color=lambda p: torch.cat([sides(p), torch.zeros_like(p[:, :1])], 1))
+    field.material = lambda p: torch.stack([0.2 + 0.4 * sides(p)[:, 1], sides(p)[:, 0]], 1)
+    _, _, textures = road(field, 48, 800, 256)
+    right, up = (textures.base_color.numpy()[..., c] > 0 for c in (0, 1))
+    assert 0.2 < right.mean() < 0.8
+    assert 0.2 < up.mean() < 0.8
+    occlusion, roughness, metallic = np.moveaxis(textures.orm.numpy(), 2, 0)
+    assert (occlusion == 255).all()
+    assert np.array_equal(roughness, np.where(up, 153, 51))
+    assert np.array_equal(metallic, np.where(right, 255, 0))
+
+
+def test_one_material_everywhere_is_one_colour_and_colour_alone_leaves_the_rest_out():
+    field = capsule(4, single=True)
+    fine, mesh, textures = road(field, 48, 800, 256)
+    assert (textures.orm == torch.tensor([255, 128, 0])).all()  # a single capsule is all head
+    alone = bake(field, fine, mesh, 256, pbr=False)
+    assert alone.normal is alone.orm is None
+    assert torch.equal(alone.base_color, textures.base_color)
+
+
 def test_texels_outside_the_charts_take_the_nearest_covered_one():
     corner = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
@@ -192,6 +219,7 @@ def test_every_texel_centre_belongs_to_one_face_whatever_the_threads():
         torch.set_num_threads(threads)
     assert torch.equal(results[0].base_color, results[1].base_color)
     assert torch.equal(results[0].normal, results[1].normal)
+    assert torch.equal(results[0].orm, results[1].orm)
 
 
 def test_colours_that_are_not_numbers_are_an_error():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The people that the files tests/contract/*.safetensors hold: one in rest pose, one posed with two levels of detail.
-`python -m tests.contract.golden` writes the files anew, which is right only together with a new schema name and a
-change on both sides."""
+`python -m tests.contract.golden` writes the files anew, which is right only together with a change on both
+sides and, when a version that reads the old ones was released, a new schema name."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ def tetrahedron(at: tuple[float, float, float], rigged: bool) -> Part:
     normals = np.array([(-1, -1, -1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], np.float32)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     uvs = np.array([(0.5, 0.25), (0.25, 0.5), (0.75, 0.5), (0.5, 0.75), (0.125, 0.125), (0.875, 0.875)], np.float32)
-    skin = None
-    if rigged:
-        skin = (np.array([(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)], np.int32),
-                np.array([(1, 0, 0, 0), (0.5, 0.5, 0, 0), (1, 0, 0, 0), (0.25, 0.5, 0.25, 0)], np.float32))  # fmt: skip
+    bones = np.array([(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)], np.int32)
+    weights = np.array([(1, 0, 0, 0), (0.5, 0.5, 0, 0), (1, 0, 0, 0), (0.25, 0.5, 0.25, 0)], np.float32)
     return Part(
         vertices, faces, normals, uvs, np.array([(0, 2, 1), (0, 1, 3), (4, 3, 2), (1, 2, 5)], np.int32),
-        png(4, 2, (200, 150, 120)), png(2, 2, (128, 128, 255)), *(skin or ()),
+        png(4, 2, (200, 150, 120)), png(2, 2, (128, 128, 255)), png(2, 2, (255, 128, 0)),
+        *((bones, weights) if rigged else ()), shape_keys=np.stack([-0.25 * vertices, 0.5 * vertices]),
     )  # fmt: skip
 
 
@@ -54,6 +53,7 @@ def asset() -> HumanAsset:
     meta = {
         "parts": [{"name": "human", **facts}, {"name": "hät", **facts}],
         "bones": ["root", "head"],
+        "shape_keys": ["height_m_min", "height_m_max"],
         "attributes": {"height_m": 1.0},
         "recipe": {"family": "capsule", "seed": 7, "version": "0.1.0", "weights_sha256": None},
         "stats": {"faces": 8, "closed": True},
@@ -64,14 +64,15 @@ def asset() -> HumanAsset:
 
 def posed_asset() -> HumanAsset:
     """The head nods by 90 degrees (about +x) and looks to the left (then about +y), everything stands 0.25 m higher;
-    a second level of detail has one part."""
+    a second level of detail has one part with nothing but a colour map."""
     made = asset()
     assert made.rig is not None
     rig = replace(made.rig, rotations=np.float32([(1, 0, 0, 0), (0.5, 0.5, 0.5, -0.5)]),
                   translation=np.float32([(0, 0.25, 0)]))  # fmt: skip
     facts = {"faces": 4, "vertices": 4, "closed": True, "components": 1, "lod": 1}
     meta = {**made.meta, "parts": [*made.meta["parts"], {"name": "human_LOD1", **facts}]}
-    return replace(made, parts=(*made.parts, tetrahedron((0, 0, 0), True)), rig=rig, meta=meta)
+    coarse = replace(tetrahedron((0, 0, 0), True), normal_png=None, orm_png=None)
+    return replace(made, parts=(*made.parts, coarse), rig=rig, meta=meta)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,15 @@ def with_header(edit) -> bytes:
     return struct.pack("<Q", len(head)) + head + GOLDEN[8 + size :]
 
 
+def with_asset(**changes: object) -> bytes:
+    """The golden packet with another description."""
+    asset = {**golden.asset().meta, **changes}
+    return with_header(lambda header: header["__metadata__"].update(asset=json.dumps(asset)))
+
+
 def with_lods(*lods: object) -> bytes:
     """The golden packet whose two parts claim these levels of detail."""
-    asset = {**golden.asset().meta, "parts": [{"name": f"p{i}", "lod": lod} for i, lod in enumerate(lods)]}
-    return with_header(lambda header: header["__metadata__"].update(asset=json.dumps(asset)))
+    return with_asset(parts=[{"name": f"p{i}", "lod": lod} for i, lod in enumerate(lods)])
 
 
 def set_offsets(name: str, begin: int, end: int):
@@ -71,7 +76,16 @@ LIES = {
     "asset is not JSON": with_header(lambda h: h["__metadata__"].update(asset="{")),
     "asset has no parts": with_header(lambda h: h["__metadata__"].update(asset='{"parts": [], "bones": ["a", "b"]}')),
     "vertices missing": rebuilt(part__0__vertices=None),
-    "texture missing": rebuilt(part__0__normal_png=None),
+    "texture missing": rebuilt(part__0__base_color_png=None),
+    "ORM map is text": rebuilt(part__0__orm_png=np.frombuffer(b"hello" * 20, np.uint8)),
+    "shape keys missing": rebuilt(part__1__shape_keys=None),
+    "three shape keys": rebuilt(part__0__shape_keys=np.zeros((3, 4, 3), np.float32)),
+    "shape keys of other vertices": rebuilt(part__0__shape_keys=np.zeros((2, 5, 3), np.float32)),
+    "shape key NaN": rebuilt(part__0__shape_keys=np.full((2, 4, 3), np.nan, np.float32)),
+    "shape keys without names": with_asset(shape_keys=None),
+    "shape keys are numbers": with_asset(shape_keys=[1, 2]),
+    "one shape key twice": with_asset(shape_keys=["a", "a"]),
+    "too many shape keys": with_asset(shape_keys=[f"a{i}" for i in range(65)]),
     "a third part's array": rebuilt(part__2__uvs=np.zeros((3, 2), np.float32)),
     "no faces": rebuilt(part__0__faces=np.zeros((0, 3), np.int32)),
     "index too high": rebuilt(part__0__faces=np.full((4, 3), 4, np.int32)),

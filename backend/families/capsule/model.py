@@ -178,6 +178,22 @@ class CapsuleField:
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return torch.zeros_like(points)
 
+    def counterpart(self, points: Float[Tensor, "N 3"], other: CapsuleField) -> Float[Tensor, "N 3"]:
+        """Carried by the cones nearby: as far along each in its length, as far off it in its radius."""
+        start, end = self.ends.unbind(1)
+        new_start, new_end = other.ends.unbind(1)
+        length, new_length = (end - start).norm(dim=1, keepdim=True), (new_end - new_start).norm(dim=1, keepdim=True)
+        axis, new_axis = (end - start) / length, (new_end - new_start) / new_length
+        relative = points[:, None] - start
+        along = (relative * axis).sum(-1, keepdim=True)
+        share = (along / length).clamp(0, 1)
+        wider = torch.lerp(other.radii[:, :1], other.radii[:, 1:], share) / torch.lerp(
+            self.radii[:, :1], self.radii[:, 1:], share)  # fmt: skip
+        beyond = (along - share * length) * wider  # a cap grows with its radius
+        carried = new_start + (share * new_length + beyond) * new_axis + (relative - along * axis) * wider
+        weight = (-self._distances(points) / 0.02).softmax(1)
+        return (weight[..., None] * carried).sum(1)
+
     def skin(self, points: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 4"], Float[Tensor, "N 4"]]:
         """The four nearest bones, weights falling off over 2 cm."""
         nearest = [(-self._distances(chunk) / 0.02).topk(4, dim=1) for chunk in points.split(_CHUNK)]

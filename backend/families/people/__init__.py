@@ -22,7 +22,7 @@ INFO = FamilyInfo(
         Attribute("height_m", "Height", "number", 1.45, 2.05, "m"),
         Attribute("weight", "Weight", "number"),
         Attribute("muscle", "Muscle", "number"),
-        Attribute("skin_tone", "Skin tone", "number"),
+        Attribute("skin_tone", "Skin tone", "number", shape=False),
         Attribute("hair_color", "Hair colour", "color"),
         Attribute("eye_color", "Eye colour", "choice", choices=EYES),
         *(Attribute(f"{part}_color", f"{part.title()} colour", "color") for part in _PARTS[1:]),

@@ -322,6 +322,9 @@ class PeopleField:
         index, weight = self._neighbours(points)
         return torch.einsum("nk,nkc->nc", weight, self.displacement[index])
 
+    def counterpart(self, points: Float[Tensor, "N 3"], other: PeopleField) -> Float[Tensor, "N 3"]:
+        return points
+
     def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         nearest = self.model.tree.query(points.detach().cpu().numpy(), workers=2)[1]
         return self.model.control_region[torch.from_numpy(nearest).to(points.device)]
