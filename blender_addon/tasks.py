@@ -135,7 +135,8 @@ def _insert(working: Session, job: Job) -> None:
     """By operator, so that it is one named undo step."""
     try:
         with _window_override():
-            bpy.ops.populace.insert_result("EXEC_DEFAULT", True, job_id=job.id)
+            step = getattr(job.tag, "operator", "insert_result")  # a crowd's people go elsewhere than a batch's
+            getattr(bpy.ops.populace, step)("EXEC_DEFAULT", True, job_id=job.id)
     except Exception as error:  # a failing operator raises RuntimeError with its report
         log.warning("insert %s: %s", job.id, error)
         job.fail(BackendError("insert_failed", "The person could not be put into the scene.", _last_words(error)))
