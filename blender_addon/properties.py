@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from typing import Any, Final
 
 import bpy
-from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
+from bpy.props import (
+    BoolProperty,
+    CollectionProperty,
+    EnumProperty,
+    FloatProperty,
+    IntProperty,
+    PointerProperty,
+    StringProperty,
+)
 
 from .packet import Human
 
 MAX_SEED: Final = 2**31 - 1  # Blender's integers; the backend takes more
 RANDOM_SEEDS: Final = 1_000_000  # numbers that a person can read out
 MAX_COUNT: Final = 100
+MAX_VERSIONS: Final = 24  # of one person; each takes about 15 kB of the file
 TEXTURE_SIZES: Final = [(str(n), f"{n} px", f"Maps of {n} x {n} pixels") for n in (512, 1024, 2048, 4096)]
 
 
@@ -55,6 +66,15 @@ class PopulaceSettings(bpy.types.PropertyGroup):
     }  # fmt: skip
 
 
+class PopulaceVersion(bpy.types.PropertyGroup):
+    """What a person was at one time; enough to make exactly that one again."""
+
+    label: StringProperty(name="Label", description="What was done")
+    recipe: StringProperty(name="Recipe", description="Everything needed to make this version again, as JSON")
+    thumbnail: StringProperty(name="Thumbnail", description="A PNG picture in base64")
+    key: StringProperty(name="Key", description="Tells this thumbnail from others")
+
+
 class PopulaceHuman(bpy.types.PropertyGroup):
     """Who this is and how to make them again. On the topmost object of a person; empty everywhere else, but for
     `part`, which every mesh of a person has."""
@@ -67,13 +87,13 @@ class PopulaceHuman(bpy.types.PropertyGroup):
     height_m: FloatProperty(name="Height", description="Measured height in metres")
     recipe: StringProperty(name="Recipe", description="Everything needed to make this person again, as JSON")
     attributes: StringProperty(name="Attributes", description="What can be said of this person, as JSON")
-    versions: StringProperty(name="Versions", description="Earlier and later versions of this person, as JSON")
+    versions: CollectionProperty(type=PopulaceVersion, name="Versions", description="What it was, oldest first")
     locked: StringProperty(name="Locked Parts", description="Parts that a re-roll leaves alone, with commas between")
     pose_mark: StringProperty(name="Pose Mark", description="Tells whether the pose was changed by hand")
     part: StringProperty(name="Part", description="Which part of the person this mesh is")
 
-    def fill(self, uuid: str, human: Human) -> None:
-        """Take down who this is, after insertion and after every edit."""
+    def fill(self, uuid: str, human: Human, label: str = "Created") -> None:
+        """Take down who this is, after insertion and after every edit; a version that is new is kept."""
         recipe, attributes = human.recipe, human.asset.get("attributes")
         self.uuid = uuid
         self.family = str(recipe.get("family", ""))
@@ -83,18 +103,59 @@ class PopulaceHuman(bpy.types.PropertyGroup):
         self.height_m = human.height_m
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.attributes = json.dumps(attributes if isinstance(attributes, dict) else {}, sort_keys=True)
+        if all(version.recipe != self.recipe for version in self.versions):
+            if len(self.versions) >= MAX_VERSIONS:
+                self.versions.remove(1)  # the first one stays: that is who was made
+            version = self.versions.add()
+            version.label, version.recipe = label, self.recipe
+            if human.thumbnail_png is not None:
+                version.thumbnail = base64.b64encode(human.thumbnail_png).decode()
+                version.key = thumbnail_key(human.thumbnail_png)
+
+    def take_over(self, other: PopulaceHuman) -> None:
+        """Be what `other` is."""
+        for name in ("uuid", "family", "seed", "weights_sha256", "backend_version", "height_m", "recipe", "attributes",
+                     "locked"):  # fmt: skip
+            setattr(self, name, getattr(other, name))
+        for version in other.versions:
+            mine = self.versions.add()
+            for name in ("label", "recipe", "thumbnail", "key"):
+                setattr(mine, name, getattr(version, name))
+
+    @property
+    def locked_parts(self) -> list[str]:
+        return [part for part in self.locked.split(",") if part]
 
 
-def active_human(context: bpy.types.Context) -> bpy.types.Object | None:
-    """The topmost object of the person that the active object belongs to, if it belongs to one."""
-    found = context.object
+def thumbnail_key(png: bytes) -> str:
+    return hashlib.sha1(png, usedforsecurity=False).hexdigest()
+
+
+def person_of(found: bpy.types.Object | None) -> bpy.types.Object | None:
+    """The topmost object of the person that an object belongs to, if it belongs to one."""
     while found is not None and not found.populace.uuid:
         found = found.parent
     return found
 
 
+def active_human(context: bpy.types.Context) -> bpy.types.Object | None:
+    """The person that the active object belongs to. Timers may have no window, and then no `context.object`."""
+    active = getattr(context, "object", None)
+    if active is None and context.view_layer is not None:
+        active = context.view_layer.objects.active
+    return person_of(active)
+
+
+def other_human(context: bpy.types.Context) -> bpy.types.Object | None:
+    """Another selected person than the active one: whom to mix with and to take parts from."""
+    active = active_human(context)
+    selected = getattr(context, "selected_objects", None) or context.view_layer.objects.selected
+    people = (person_of(o) for o in selected)
+    return next((person for person in people if person is not None and person != active), None)
+
+
 def register() -> None:
-    for cls in (PopulaceSettings, PopulaceHuman):
+    for cls in (PopulaceSettings, PopulaceVersion, PopulaceHuman):
         bpy.utils.register_class(cls)
     bpy.types.Scene.populace = PointerProperty(type=PopulaceSettings)
     bpy.types.Object.populace = PointerProperty(type=PopulaceHuman)
@@ -103,5 +164,5 @@ def register() -> None:
 def unregister() -> None:
     del bpy.types.Object.populace
     del bpy.types.Scene.populace
-    for cls in (PopulaceHuman, PopulaceSettings):
+    for cls in (PopulaceHuman, PopulaceVersion, PopulaceSettings):
         bpy.utils.unregister_class(cls)

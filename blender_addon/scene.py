@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import bpy
@@ -25,7 +26,7 @@ from .posing import posed
 log = logging.getLogger(__name__)
 
 SPACING_M: Final = 1.4  # between the people of a batch, who hold their arms away from the body
-ROUGHNESS: Final = 0.75  # of skin and cloth alike
+ROUGHNESS: Final = 0.75  # of people made without a map of it
 MIN_BONE_M: Final = 0.005  # Blender deletes bones without length
 WEIGHT_STEPS: Final = 8192  # a power of two: weights are rounded to 1/8192 and written bit by bit, one call for each
 # bit of a bone. A posed vertex is off by less than 0.1 mm; with 1/512 it was 1 mm.
@@ -89,23 +90,39 @@ def build(
 ) -> tuple[bpy.types.Object, list[bpy.types.Object]]:
     """The objects of a person, not linked to any collection: the topmost one, and one per part of the packet."""
     units = units_per_metre(context)
-    rig = human.rig if with_rig else None
-    is_posed = human.rig is not None and human.rig.rotations is not None  # the packet's pose stands on its y = 0
-    floor = 0.0 if is_posed else min(float(part.vertices[:, 1].min()) for part in human.parts if part.lod == 0)
-    objects = [_part_object(stage, part, human, rig, floor, units) for part in human.parts]
-    root = objects[0]
-    if rig is not None:
-        root = _armature(context, stage, rig, floor, units)
-        _pose(root, rig, units)
-        for made, part in zip(objects, human.parts):
-            _bind(made, part, rig, root)
-    elif len(objects) > 1:
+    root = None
+    if human.rig is not None and with_rig:
+        root = _armature(context, stage, human.rig, _floor(human), units)
+        _pose(root, human.rig, units)
+        root.populace.pose_mark = pose_mark(root)
+    objects = build_parts(context, stage, human, root)
+    if root is None and len(objects) > 1:
         root = stage.new(bpy.data.objects, "Human", None)
         root.empty_display_size = 0.3 * units
+    root = root or objects[0]
     for made in objects:
         if made is not root:
             made.parent = root
     return root, objects
+
+
+def build_parts(
+    context: bpy.types.Context, stage: Stage, human: Human, armature: bpy.types.Object | None
+) -> list[bpy.types.Object]:
+    """A mesh per part, bound to the armature if there is one."""
+    units, rig = units_per_metre(context), human.rig if armature is not None else None
+    objects = [_part_object(stage, part, human, rig, _floor(human), units) for part in human.parts]
+    if rig is not None:
+        for made, part in zip(objects, human.parts):
+            _bind(made, part, rig, armature)
+    return objects
+
+
+def _floor(human: Human) -> float:
+    """What of the packet's height is the floor: a pose stands on its y = 0, a person in rest on the lowest point."""
+    if human.rig is not None and human.rig.rotations is not None:
+        return 0.0
+    return min(float(part.vertices[:, 1].min()) for part in human.parts if part.lod == 0)
 
 
 def units_per_metre(context: bpy.types.Context) -> float:
@@ -147,7 +164,24 @@ def _part_object(
     made = stage.new(bpy.data.objects, name, mesh)
     made.populace.part = part.name
     made.hide_viewport = made.hide_render = part.lod > 0
+    _add_shape_keys(made, part, None if rig is not None else human.rig, floor, units)
     return made
+
+
+def _add_shape_keys(made: bpy.types.Object, part: Part, pose: Rig | None, floor: float, units: float) -> None:
+    """Basis and one key per shape key of the packet, all at 0; `pose` is of a person without an armature.
+
+    Keys move the mesh alone: the bones stay those of the person at 0, so a person who is taller by a key bends at the
+    joints of the shorter one. For poses of another body the person is generated anew with that attribute.
+    """
+    for name, moves in part.shape_keys.items():
+        if made.data.shape_keys is None:
+            made.shape_key_add(name="Basis", from_mix=False)
+            made.data.shape_keys.name = made.name
+        vertices = posed(replace(part, vertices=part.vertices + moves), pose)[0]
+        key = made.shape_key_add(name=name, from_mix=False)
+        key.data.foreach_set("co", to_blender(vertices, floor, units).ravel())
+        key.value = 0.0
 
 
 def object_name(part: Part, human: Human) -> str:
@@ -164,7 +198,7 @@ def _has_degenerate(faces: Array) -> bool:
 
 
 def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
-    """Principled BSDF with both maps; the base colour's node is active, so that Solid mode can show it."""
+    """Principled BSDF with the maps that there are; the base colour's node is active, for Solid mode to show it."""
     material = stage.new(bpy.data.materials, name)
     compat.enable_nodes(material)
     tree = material.node_tree
@@ -176,20 +210,29 @@ def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
         made.location = x, y
         return made
 
+    def image(label: str, png: bytes, y: float, is_data: bool = True) -> Any:
+        made = node("ShaderNodeTexImage", label, -560, y)
+        made.image = _packed_image(stage, f"{name} {label}", png)
+        if is_data:
+            compat.mark_as_data(made.image)
+        return made
+
     output = node("ShaderNodeOutputMaterial", "Output", 320, 0)
     shader = node("ShaderNodeBsdfPrincipled", "Principled BSDF", 0, 0)
-    bump = node("ShaderNodeNormalMap", "Normal Map", -240, -320)
-    normal = node("ShaderNodeTexImage", "Normal", -560, -320)
-    color = node("ShaderNodeTexImage", "Base Color", -560, 0)
-    color.image = _packed_image(stage, f"{name} Base Color", part.base_color_png)
-    normal.image = _packed_image(stage, f"{name} Normal", part.normal_png)
-    compat.mark_as_data(normal.image)
-    bump.uv_map = "UVMap"
-    shader.inputs["Roughness"].default_value = ROUGHNESS
-    tree.links.new(color.outputs["Color"], shader.inputs["Base Color"])
-    tree.links.new(normal.outputs["Color"], bump.inputs["Color"])
-    tree.links.new(bump.outputs["Normal"], shader.inputs["Normal"])
     tree.links.new(shader.outputs["BSDF"], output.inputs["Surface"])
+    color = image("Base Color", part.base_color_png, 0, is_data=False)
+    tree.links.new(color.outputs["Color"], shader.inputs["Base Color"])
+    shader.inputs["Roughness"].default_value = ROUGHNESS
+    if part.orm_png is not None:
+        channels = node("ShaderNodeSeparateColor", "Roughness and Metallic", -240, -300)
+        tree.links.new(image("ORM", part.orm_png, -300).outputs["Color"], channels.inputs["Color"])
+        tree.links.new(channels.outputs["Green"], shader.inputs["Roughness"])
+        tree.links.new(channels.outputs["Blue"], shader.inputs["Metallic"])
+    if part.normal_png is not None:
+        bump = node("ShaderNodeNormalMap", "Normal Map", -240, -600)
+        bump.uv_map = "UVMap"
+        tree.links.new(image("Normal", part.normal_png, -600).outputs["Color"], bump.inputs["Color"])
+        tree.links.new(bump.outputs["Normal"], shader.inputs["Normal"])
     tree.nodes.active = color
     return material
 
@@ -247,6 +290,13 @@ def _pose(armature: bpy.types.Object, rig: Rig, units: float) -> None:
         bone.rotation_quaternion = own.inverted() @ Quaternion(turn) @ own
         if parent < 0:
             bone.location = own.inverted() @ move
+
+
+def pose_mark(armature: bpy.types.Object) -> str:
+    """Changes when somebody poses a bone."""
+    bones = armature.pose.bones
+    turns = [(*bone.rotation_quaternion, *bone.rotation_euler, *bone.location, *bone.scale) for bone in bones]
+    return f"{zlib.crc32((np.array(turns) * 1e4).round().astype(np.int32).tobytes()):08x}"
 
 
 def _bind(made: bpy.types.Object, part: Part, rig: Rig, armature: bpy.types.Object) -> None:
