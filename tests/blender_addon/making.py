@@ -56,6 +56,7 @@ def ball(rings: int = 12, texture: int = 16) -> dict[str, Array]:
         "uvs": uvs.astype(np.float32), "face_uvs_idx": index.reshape(-1, 3).astype(np.int32),
         "base_color.png": np.frombuffer(png(texture, (200, 120, 90)), np.uint8),
         "normal.png": np.frombuffer(png(texture, (128, 128, 255)), np.uint8),
+        "orm.png": np.frombuffer(png(texture, (255, 153, 51)), np.uint8),
         "skin_indices": np.tile(np.array([0, 1, 2, 1], np.int32), (len(vertices), 1)),
         "skin_weights": np.concatenate([1 - height, height * 0.5, height * 0.5, height * 0], 1).astype(np.float32),
     }  # fmt: skip

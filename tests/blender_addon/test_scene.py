@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from tests.blender_addon import making
 
 COLLECTIONS = ("objects", "meshes", "materials", "images", "armatures", "collections", "scenes", "node_groups",
-               "actions", "textures", "worlds")  # fmt: skip
+               "actions", "textures", "worlds", "shape_keys")  # fmt: skip
 
 
 def counts(bpy: Any) -> dict[str, int]:
@@ -67,21 +68,65 @@ def test_material_is_complete_and_the_file_carries_its_textures(addon: SimpleNam
     joined = {(link.from_node.name, link.from_socket.name, link.to_node.name, link.to_socket.name) for link in links}
     assert joined == {
         ("Base Color", "Color", "Principled BSDF", "Base Color"), ("Normal", "Color", "Normal Map", "Color"),
+        ("ORM", "Color", "Roughness and Metallic", "Color"),
+        ("Roughness and Metallic", "Green", "Principled BSDF", "Roughness"),
+        ("Roughness and Metallic", "Blue", "Principled BSDF", "Metallic"),
         ("Normal Map", "Normal", "Principled BSDF", "Normal"), ("Principled BSDF", "BSDF", "Output", "Surface"),
     }  # fmt: skip
     assert nodes.active == nodes["Base Color"]
     assert nodes["Base Color"].image.colorspace_settings.name == "sRGB"
     assert nodes["Normal"].image.colorspace_settings.name == "Non-Color"
+    assert nodes["ORM"].image.colorspace_settings.name == "Non-Color"
     path = str(tmp_path / "saved ö 中.blend")
     addon.bpy.ops.wm.save_as_mainfile(filepath=path)
     addon.bpy.ops.wm.open_mainfile(filepath=path)
     nodes = addon.bpy.data.objects["Human"].data.materials[0].node_tree.nodes
-    for name, key in (("Base Color", "base_color.png"), ("Normal", "normal.png")):
+    for name, key in (("Base Color", "base_color.png"), ("Normal", "normal.png"), ("ORM", "orm.png")):
         image = nodes[name].image
         assert bytes(image.packed_file.data) == making.ball(texture=32)[key].tobytes()
         assert tuple(image.size) == (32, 32)
     pixel = np.array(nodes["Base Color"].image.pixels[:3])
     assert np.abs(pixel * 255 - (200, 120, 90)).max() < 1
+
+
+def test_a_person_with_colour_alone_has_one_map_and_one_roughness(addon: SimpleNamespace) -> None:
+    part = {name: array for name, array in making.ball(4).items() if name not in ("normal.png", "orm.png")}
+    root = insert(addon, making.pack(making.tensors([part], rig=False), making.meta(rig=False)))
+    nodes = root.data.materials[0].node_tree.nodes
+    assert set(nodes.keys()) == {"Output", "Principled BSDF", "Base Color"}
+    assert nodes["Principled BSDF"].inputs["Roughness"].default_value == pytest.approx(addon.scene.ROUGHNESS)
+
+
+KEYS = np.stack([making.ball(6)["vertices"] * np.float32([0, -0.5, 0]), 0.1 * making.ball(6)["normals"]])
+
+
+def keyed() -> bytes:
+    """A posed person with two shape keys: half as tall, and 10 cm thicker."""
+    meta = {**making.meta(), "shape_keys": ["height_m_min", "weight_max"]}
+    return making.pack(making.tensors([making.ball(6) | {"shape_keys": KEYS}], posed=True), meta)
+
+
+@pytest.mark.parametrize("with_rig", [True, False])
+def test_shape_keys_are_blenders_and_stand_at_zero(addon: SimpleNamespace, with_rig: bool) -> None:
+    """Without an armature they are those of the posed mesh."""
+    data, part = keyed(), making.ball(6) | {"shape_keys": KEYS}
+    human = addon.packet.read(data)
+    root = insert(addon, data, with_rig=with_rig)
+    body = root.children[0] if with_rig else root
+    keys = body.data.shape_keys.key_blocks
+    assert keys.keys() == ["Basis", "height_m_min", "weight_max"]
+    assert [key.value for key in keys[1:]] == [0, 0]
+    assert (keys[1].slider_min, keys[1].slider_max) == (0, 1)
+    for value, moves in ((0.0, 0 * part["vertices"]), (0.5, 0.5 * part["shape_keys"][1])):
+        keys["weight_max"].value = value
+        addon.bpy.context.view_layer.update()
+        moved = replace(human.parts[0], vertices=part["vertices"] + moves)
+        x, y, z = addon.posing.posed(moved, human.rig)[0].T
+        assert np.abs(evaluated(addon, body) - np.stack([x, -z, y], 1)).max() < 1e-4
+    if with_rig:  # the rest mesh to the bit, and the armature still there
+        x, y, z = (part["vertices"] + part["shape_keys"][0]).T
+        assert np.array_equal(read(keys["height_m_min"].data, "co", 3), np.stack([x, -z, y], 1))
+        assert [m.type for m in body.modifiers] == ["ARMATURE"]
 
 
 def test_feet_stand_at_the_cursor_in_the_scenes_units(addon: SimpleNamespace) -> None:
@@ -220,7 +265,7 @@ def test_several_parts_hang_on_one_root(addon: SimpleNamespace) -> None:
     assert addon.properties.active_human(addon.bpy.context) == root
 
 
-@pytest.mark.parametrize("fails_in", ["_material", "_armature", "_bind", "_link"])
+@pytest.mark.parametrize("fails_in", ["_material", "_add_shape_keys", "_armature", "_bind", "_link"])
 def test_failure_leaves_no_datablock(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, fails_in: str) -> None:
     before = counts(addon.bpy)
     real = getattr(addon.scene, fails_in)
@@ -231,7 +276,7 @@ def test_failure_leaves_no_datablock(addon: SimpleNamespace, monkeypatch: pytest
 
     monkeypatch.setattr(addon.scene, fails_in, fails)
     with pytest.raises(OSError, match="full"):
-        insert(addon, making.packet())
+        insert(addon, keyed())
     assert counts(addon.bpy) == before
     monkeypatch.undo()
     assert insert(addon, making.packet()).name == "Human Rig"
