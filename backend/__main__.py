@@ -12,14 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backend import __version__, options
 from backend.protocol import GenerateRequest, Mix, Person, PopulaceError
 from backend.settings import Settings
-
-if TYPE_CHECKING:
-    from backend.packet import HumanAsset
 
 EXIT_CODES = {
     "invalid_request": 2, "unknown_family": 2, "no_gpu": 5, "out_of_gpu_memory": 5, "weights_missing": 6,
@@ -29,11 +26,12 @@ EXIT_CODES = {
 EPILOG = """exit codes:
   0  all done
   1  it failed; one sentence on stderr says why
-  2  the command line is wrong (also: unknown family or parameter)
+  2  the command line is wrong (also: unknown family or parameter, bad plan)
+  3  some people of a batch failed, or are missing in a merge
   5  no usable GPU (or too little memory on it)
   6  weights are missing or damaged
   7  the disk is full
-  130  interrupted
+  130  interrupted (143: ended by the system)
 
 examples:
   populace demo                                    three people, a render and a .blend in populace-demo/
@@ -41,6 +39,9 @@ examples:
   populace generate --seed 7 --prompt "tall old woman, red shirt" --pose walking --lods 3
   populace generate --seed 7 --part top=12 --set height_m=1.8 --retexture 3
   populace interpolate --from 7 --to 8 --steps 9    nine people, from one to the other
+  populace generate --seed 7 --preset unreal        an FBX for Unreal; also unity, godot, --format usd
+  populace plan --count 200 > plan.jsonl            a plan, one request per line; then
+  populace batch plan.jsonl --out crowd --resume    all of them, as often as it takes; --shard 2/8 for a part
   populace doctor                                  what is installed and what will run where
   populace serve --stay --json                     a backend for scripts; prints where its token is
 
@@ -115,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     options.add_output(between)
     options.add_quality(between)
 
+    from backend.batch import command as batch
+
+    batch.add_plan(command("plan", batch.run_plan, "write a plan for a batch: one request per line, on stdout"))
+    batch.add_batch(command("batch", batch.run_batch, "make the people of a plan, in parallel, resumable, in shards"))
+
     serve = command("serve", _serve, "run the backend for Blender and scripts on 127.0.0.1")
     serve.add_argument("--stay", action="store_true", default=None, help="go on when the last client has left")
     serve.add_argument("--json", action="store_true", help="print one JSON line when ready: port, pid, runtime_file")
@@ -185,11 +191,13 @@ def _interpolate(args: argparse.Namespace) -> None:
 
 def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> None:
     """In this process, without a server; the requests are of one family."""
-    from backend import checks, families, packet, pipeline
+    from backend import checks, families, interchange, packet, pipeline
     from backend.progress import Progress
 
     for request in requests.values():
         checks.check(request)
+    formats = args.format or interchange.default_formats(args.preset)
+    interchange.check(formats)
     args.out.mkdir(parents=True, exist_ok=True)
     ignored: list[str] = []
     with Progress() as progress:
@@ -201,7 +209,7 @@ def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> Non
             asset, stats = pipeline.generate(
                 request, model, lambda stage, f, i=i, who=who: progress.show(f"{who}: {stage}", (i + f) / len(requests))
             )
-            paths = _write(asset, args.out, name, args.format, request.lods)
+            paths = [path for form in formats for path in interchange.write(asset, args.out, name, form, args.preset)]
             ignored = asset.meta.get("words_ignored", [])
             if args.json:
                 line = {"seed": request.seed, "path": str(paths[0]), "paths": [str(path) for path in paths],
@@ -211,26 +219,6 @@ def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> Non
                 print(json.dumps(line), flush=True)
     if ignored:
         print(f"populace: not understood: {', '.join(ignored)}", file=sys.stderr)
-
-
-def _write(asset: HumanAsset, out: Path, name: str, form: str, lods: int) -> list[Path]:
-    """One file or folder per level of detail; a .blend holds all of them."""
-    from backend import packet
-
-    if form == "blend":
-        from backend import studio
-
-        studio.save_person(asset, out / f"{name}.blend")
-        return [out / f"{name}.blend"]
-    paths = []
-    for lod in range(lods):
-        stem = f"{name}_LOD{lod}" if lod else name
-        if form == "obj":
-            paths.append(packet.to_obj(asset, out / stem, lod))
-        else:
-            paths.append(out / f"{stem}.glb")
-            packet.write_file(paths[-1], packet.to_glb(asset, lod))
-    return paths
 
 
 def _serve(args: argparse.Namespace) -> int:

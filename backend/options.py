@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from backend.interchange import FORMATS, PRESETS, Format
 from backend.protocol import MAX_LODS, GenerateRequest, PopulaceError, invalid, parse_json
 
 _FIELDS = ("family", "seed", "truncation_psi", "prompt", "pose", "separate", "grid_resolution", "faces", "lods",
@@ -37,8 +38,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
                         help="auto: the GPU if there is one (default: auto, or what the settings say)")  # fmt: skip
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Objects, levels of detail and pose of what is written, and where."""
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Objects, levels of detail and pose."""
     parser.add_argument(
         "--separate", action="store_true", default=None, help="clothes and hair as objects of their own"
     )
@@ -47,8 +48,21 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--maps", choices=("pbr", "color"), help="color: no normal and roughness maps (default: pbr)")
     parser.add_argument("--shape-keys", type=_names, metavar="NAME,NAME",
                         help="shape keys NAME_min and NAME_max of numbers such as height_m, weight")  # fmt: skip
+
+
+def add_formats(parser: argparse.ArgumentParser, text: str) -> None:
+    """Which files, and for which engine."""
+    parser.add_argument("--format", type=_formats, default=(), metavar="F[,F]", help=f"{text}: {', '.join(FORMATS)}")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="none", help="units, axes and bone names of the "
+                        "files; it chooses the format if none is given. " + ". ".join(
+                            f"{name}: {preset.title}" for name, preset in PRESETS.items()))  # fmt: skip
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What is written, and where."""
+    add_shape(parser)
+    add_formats(parser, "files of each person (default: glb)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder, made if needed (default: .)")
-    parser.add_argument("--format", choices=("glb", "obj", "blend"), default="glb", help="default: glb")
     parser.add_argument("--json", action="store_true", help="print one JSON line per person on stdout")
 
 
@@ -182,4 +196,11 @@ def kinds(text: str) -> list[str]:
     found = text.split(",")
     if not found or not set(found) <= {"shape", "tex"} or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError("must be shape, tex or shape,tex")
+    return found
+
+
+def _formats(text: str) -> tuple[Format, ...]:
+    found = tuple(form for form in FORMATS if form in text.split(","))
+    if len(found) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(FORMATS)}, each once")
     return found

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""People as files for other programs: formats, and presets of units, axes and bone names for game engines.
+
+GLB, OBJ and the packet are written here. USD, FBX and .blend are Blender's: a process of its own with the bpy module
+makes them (`interchange_blender`), so that neither its memory nor its faults are ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+
+from backend import exports, packet
+from backend.packet import HumanAsset
+from backend.protocol import PopulaceError
+
+Format = Literal["glb", "obj", "usd", "fbx", "blend", "packet"]
+PresetName = Literal["none", "unreal", "unity", "godot"]
+FORMATS: Final = get_args(Format)
+BLENDERS: Final = frozenset({"usd", "fbx", "blend"})  # formats that need the bpy module
+_SUFFIXES: Final[Mapping[Format, str]] = {"usd": ".usdc", "fbx": ".fbx", "blend": ".blend"}
+_TIMEOUT_S: Final = 600.0
+
+
+def _humanoid(thumb: tuple[str, str, str]) -> dict[str, str]:
+    """Our bones by the names of Unity's HumanBodyBones and Godot's SkeletonProfileHumanoid, which differ in thumbs."""
+    names = {"pelvis": "Hips", "spine_01": "Spine", "spine_02": "Chest", "spine_03": "UpperChest", "neck_01": "Neck",
+             "head": "Head"}  # fmt: skip
+    limbs = {"clavicle": "Shoulder", "upperarm": "UpperArm", "lowerarm": "LowerArm", "hand": "Hand",
+             "thigh": "UpperLeg", "calf": "LowerLeg", "foot": "Foot", "ball": "Toes"}  # fmt: skip
+    fingers = {"index": "Index", "middle": "Middle", "ring": "Ring", "pinky": "Little"}
+    for side, ours in (("Left", "l"), ("Right", "r")):
+        names |= {f"{bone}_{ours}": side + name for bone, name in limbs.items()}
+        for i, joint in enumerate(("Proximal", "Intermediate", "Distal"), 1):
+            names |= {f"{bone}_0{i}_{ours}": f"{side}{name}{joint}" for bone, name in fingers.items()}
+            names[f"thumb_0{i}_{ours}"] = f"{side}Thumb{thumb[i - 1]}"
+    return names
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What an engine expects. GLB is metres and Y up by its standard, FBX is written in centimetres and says so; the
+    units are those of USD and OBJ, the axes those of USD, OBJ and FBX."""
+
+    title: str
+    formats: tuple[Format, ...]  # when none are asked for
+    up: Literal["Y", "Z"] = "Y"  # Y: the person faces +Z, Z: -Y
+    metres_per_unit: float = 1.0
+    bones: Mapping[str, str] = field(default_factory=dict)  # names that differ from ours
+
+
+PRESETS: Final[Mapping[PresetName, Preset]] = {
+    "none": Preset("Metres, Y up, our bone names", ("glb",)),
+    "unreal": Preset("Unreal Engine: centimetres, Z up, bones of the Mannequin", ("fbx",), "Z", 0.01, {"Root": "root"}),
+    "unity": Preset("Unity: Y up, bones of the Humanoid avatar", ("fbx",),
+                    bones=_humanoid(("Proximal", "Intermediate", "Distal"))),
+    "godot": Preset("Godot: metres, Y up, bones of SkeletonProfileHumanoid", ("glb",),
+                    bones=_humanoid(("Metacarpal", "Proximal", "Distal"))),
+}  # fmt: skip
+
+
+def default_formats(preset: PresetName) -> tuple[Format, ...]:
+    return PRESETS[preset].formats
+
+
+def check(formats: Iterable[Format]) -> None:
+    """Raise `invalid_request` if a format needs Blender's module and it is not here."""
+    need = sorted(BLENDERS & set(formats))
+    if need and importlib.util.find_spec("bpy") is None:
+        raise PopulaceError(
+            "invalid_request", f"Writing {', '.join(need)} needs Blender as a Python module, which is not here.",
+            'Install it with: pip install ".[blender]" (Python 3.11), or ask for glb or obj.'
+        )  # fmt: skip
+
+
+def write(asset: HumanAsset, folder: Path, name: str, form: Format, preset: PresetName = "none") -> list[Path]:
+    """Write one person into `folder`, in one format, and return the files that hold it, the full detail first.
+
+    GLB and OBJ have a file (folder) per level of detail, USD, FBX and .blend hold all levels as objects <name>_LOD0,
+    <name>_LOD1, ... Raises `invalid_request` when the bpy module is missing.
+    """
+    chosen, levels = PRESETS[preset], len({asset.lod(i) for i in range(len(asset.parts))})
+    asset = _with_bones(asset, chosen.bones)
+    if form in BLENDERS:
+        return [_through_blender(asset, folder, name, form, chosen)]
+    if form == "packet":
+        path = folder / f"{name}.safetensors"
+        packet.write(path, asset)
+        return [path]
+    paths = []
+    for lod in range(levels):
+        stem = f"{name}_LOD{lod}" if lod or (preset != "none" and levels > 1) else name
+        if form == "obj":
+            paths.append(packet.to_obj(_placed(asset, chosen), folder / stem, lod))
+        else:
+            paths.append(folder / f"{stem}.glb")
+            packet.write_file(paths[-1], packet.to_glb(asset, lod))
+    return paths
+
+
+def _with_bones(asset: HumanAsset, names: Mapping[str, str]) -> HumanAsset:
+    bones = [names.get(bone, bone) for bone in asset.meta.get("bones", ())]
+    return replace(asset, meta={**asset.meta, "bones": bones}) if bones else asset
+
+
+def _placed(asset: HumanAsset, preset: Preset) -> HumanAsset:
+    """For a format that knows neither units nor axes nor joints: the mesh as it stands, in those of the preset."""
+    if preset.up == "Y" and preset.metres_per_unit == 1:
+        return asset
+    turn = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]] if preset.up == "Z" else np.eye(3), np.float32)
+    parts = []
+    for part in asset.parts:
+        vertices, normals = exports.posed(asset, part)
+        scaled = (vertices @ turn.T / np.float32(preset.metres_per_unit)).astype(np.float32)
+        parts.append(replace(part, vertices=scaled, normals=normals @ turn.T, skin_indices=None, skin_weights=None))
+    return replace(asset, parts=tuple(parts), rig=None)
+
+
+def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, preset: Preset) -> Path:
+    """In a fresh process with a fixed hash seed: Blender's FBX exporter makes its ids with Python's hash()."""
+    check([form])
+    path = folder / f"{name}{_SUFFIXES[form]}"
+    with tempfile.TemporaryDirectory(prefix="populace-") as private:
+        parcel, trouble = Path(private) / "person.safetensors", Path(private) / "error.json"
+        parcel.write_bytes(packet.dumps(asset))
+        order = {"packet": str(parcel), "path": str(path.absolute()), "name": name, "up": preset.up, "form": form,
+                 "metres_per_unit": preset.metres_per_unit, "trouble": str(trouble)}  # fmt: skip
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "BLENDER_USER_RESOURCES": private}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "backend.interchange_blender", json.dumps(order)], env=environment,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, errors="replace",
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise PopulaceError("deadline_exceeded", f"Blender needs over {_TIMEOUT_S:.0f} s to write {path.name}.",
+                                "Ask for fewer triangles or smaller textures.") from None  # fmt: skip
+        if done.returncode != 0 or not path.is_file():
+            if trouble.is_file():
+                raise PopulaceError(**json.loads(trouble.read_text("utf-8")))
+            said = " ".join(done.stderr.split())[-300:]
+            raise PopulaceError("internal_error", f"Blender could not write {path.name}: {said or done.returncode}",
+                                "Run it again; ask for glb if it stays so.")  # fmt: skip
+    return path
+
+
+def describe() -> Mapping[str, Any]:
+    """The presets for a help text."""
+    return {name: f"{preset.title}; {', '.join(preset.formats)} by default" for name, preset in PRESETS.items()}
