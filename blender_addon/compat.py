@@ -27,15 +27,6 @@ def set_corners(mesh: bpy.types.Mesh, faces: np.ndarray[Any, Any]) -> None:
     mesh.polygons.foreach_set("loop_start", np.arange(0, len(corners), 3, dtype=np.int32))
 
 
-def set_normals(mesh: bpy.types.Mesh, normals: np.ndarray[Any, Any]) -> None:
-    """float32 [V, 3] custom normals. Free normals, exact and fast, exist since 4.5; before, only packed ones."""
-    if bpy.app.version >= (4, 5, 0):
-        attribute = mesh.attributes.new("custom_normal", "FLOAT_VECTOR", "POINT")
-        attribute.data.foreach_set("vector", np.ascontiguousarray(normals).ravel())
-    else:
-        mesh.normals_split_custom_set_from_vertices(normals)
-
-
 def enable_nodes(material: bpy.types.Material) -> None:
     """Since 5.0 every material has nodes and setting `use_nodes` is deprecated."""
     if material.node_tree is None:

@@ -15,18 +15,15 @@ from .packet import Part, Rig
 Array = np.ndarray[Any, Any]
 
 
-def posed(part: Part, rig: Rig | None) -> tuple[Array, Array]:
-    """Vertices and normals f32 [V, 3] of a part as the person stands; the part's own if nothing moves it."""
+def posed(part: Part, rig: Rig | None) -> Array:
+    """Vertices f32 [V, 3] of a part as the person stands; the part's own if nothing moves it."""
     if rig is None or rig.rotations is None or part.skin_indices is None or part.skin_weights is None:
-        return part.vertices, part.normals
+        return part.vertices
     matrices = bone_matrices(rig)
     weights = part.skin_weights.astype(np.float64)
     weights /= np.maximum(weights.sum(1, keepdims=True), 1e-20)
     blended = np.einsum("vk,vkij->vij", weights, matrices[part.skin_indices])
-    vertices = np.einsum("vij,vj->vi", blended[:, :, :3], part.vertices) + blended[:, :, 3]
-    normals = np.einsum("vij,vj->vi", blended[:, :, :3], part.normals)
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
-    return vertices.astype(np.float32), normals.astype(np.float32)
+    return (np.einsum("vij,vj->vi", blended[:, :, :3], part.vertices) + blended[:, :, 3]).astype(np.float32)
 
 
 def bone_matrices(rig: Rig) -> Array:

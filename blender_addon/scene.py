@@ -146,7 +146,7 @@ def _part_object(
 ) -> bpy.types.Object:
     """The mesh in rest pose if a rig will carry it, else as the person stands. Hidden if a coarser level of detail."""
     name = object_name(part, human)
-    vertices, normals = (part.vertices, part.normals) if rig is not None else posed(part, human.rig)
+    vertices = part.vertices if rig is not None else posed(part, human.rig)
     mesh = stage.new(bpy.data.meshes, name)
     mesh.vertices.add(len(part.vertices))
     mesh.loops.add(part.faces.size)
@@ -158,8 +158,7 @@ def _part_object(
     mesh.update(calc_edges=True)
     if _has_degenerate(part.faces):
         mesh.validate()  # a triangle with a corner twice would confuse other tools; ours makes none
-    mesh.shade_smooth()
-    compat.set_normals(mesh, to_blender(normals))
+    mesh.shade_smooth()  # gives the packet's normals; custom ones would not turn with bones and shape keys
     mesh.materials.append(_material(stage, name, part))
     made = stage.new(bpy.data.objects, name, mesh)
     made.populace.part = part.name
@@ -178,7 +177,7 @@ def _add_shape_keys(made: bpy.types.Object, part: Part, pose: Rig | None, floor:
         if made.data.shape_keys is None:
             made.shape_key_add(name="Basis", from_mix=False)
             made.data.shape_keys.name = made.name
-        vertices = posed(replace(part, vertices=part.vertices + moves), pose)[0]
+        vertices = posed(replace(part, vertices=part.vertices + moves), pose)
         key = made.shape_key_add(name=name, from_mix=False)
         key.data.foreach_set("co", to_blender(vertices, floor, units).ravel())
         key.value = 0.0

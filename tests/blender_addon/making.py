@@ -24,6 +24,19 @@ def png(size: int, rgb: tuple[int, int, int]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def normals(vertices: Array, faces: Array) -> Array:
+    """Unit normals f32 [V, 3]: those of the faces, weighted by their angles at the vertex."""
+    total = np.zeros(vertices.shape)
+    corners = vertices[faces].astype(np.float64)
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    for i in range(3):
+        a, b = (corners[:, (i + k) % 3] - corners[:, i] for k in (1, 2))
+        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        np.add.at(total, faces[:, i], np.arccos(cosine)[:, None] * flat)
+    return (total / np.linalg.norm(total, axis=1, keepdims=True)).astype(np.float32)
+
+
 def ball(rings: int = 12, texture: int = 16) -> dict[str, Array]:
     """A closed ball, 1.8 m high, soles at y = 0; about 4 * rings^2 triangles. Its UVs have a seam."""
     n, m = rings, rings * 2
@@ -52,7 +65,7 @@ def ball(rings: int = 12, texture: int = 16) -> dict[str, Array]:
     vertices[:, 1] -= vertices[:, 1].min()
     height = vertices[:, 1:2] / vertices[:, 1].max()
     return {
-        "vertices": vertices, "faces": np.array(faces, np.int32), "normals": unit.astype(np.float32),
+        "vertices": vertices, "faces": np.array(faces, np.int32), "normals": normals(vertices, np.array(faces)),
         "uvs": uvs.astype(np.float32), "face_uvs_idx": index.reshape(-1, 3).astype(np.int32),
         "base_color.png": np.frombuffer(png(texture, (200, 120, 90)), np.uint8),
         "normal.png": np.frombuffer(png(texture, (128, 128, 255)), np.uint8),

@@ -35,8 +35,7 @@ def test_request_of_the_add_on_is_one_that_the_backend_takes_with_the_same_defau
 def test_a_posed_person_is_the_same_mesh_on_both_sides() -> None:
     human, asset = packet.read(golden.POSED_PATH.read_bytes()), golden.posed_asset()
     for ours, theirs in zip(human.parts, asset.parts, strict=True):
-        for mine, other in zip(posing.posed(ours, human.rig), exports.posed(asset, theirs), strict=True):
-            assert np.allclose(mine, other, atol=1e-6)
+        assert np.allclose(posing.posed(ours, human.rig), exports.posed(asset, theirs)[0], atol=1e-6)
     assert human.rig is not None
     assert np.allclose(posing.bone_matrices(human.rig)[1], [[0, 1, 0, -0.5], [0, 0, -1, 0.75], [-1, 0, 0, 0]])
 
