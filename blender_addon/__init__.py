@@ -8,14 +8,18 @@ imported when Blender calls `register`.
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 
 def _modules() -> tuple[ModuleType, ...]:
     """In the order of registration; each has a register() and an unregister()."""
-    from . import command_line, operators, panel, preferences, properties, tasks
+    from . import chores, command_line, operators, panel, preferences, properties, tasks
 
-    return preferences, properties, operators, panel, tasks, command_line
+    setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
+             if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip
+    return preferences, properties, operators, chores, *setup, panel, tasks, command_line
 
 
 def register() -> None:

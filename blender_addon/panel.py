@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import bpy
 
-from . import compat, tasks
+from . import compat, preferences, tasks
 from .messages import BackendError
 from .properties import active_human
 from .session import Job, Link, Session
@@ -101,19 +101,33 @@ def _draw_status(layout: Any, context: bpy.types.Context, state: Session | None)
     if link is Link.READY or link is Link.STARTING:
         row.operator("populace.stop_backend", text="", icon="QUIT" if link is Link.READY else "X", emboss=False)
     elif link is Link.OFF:
-        row.operator("populace.start_backend", text="Start")
+        if preferences.found():
+            row.operator("populace.start_backend", text="Start")
+        else:
+            _draw_install(row)
     if state is not None and state.trouble is not None:
         _draw_error(box, context, state.trouble)
         row = box.row(align=True)
         if state.trouble.code == "not_installed":
-            row.operator("populace.choose_python", text="Choose Python...", icon="FILEBROWSER")
+            _draw_install(row)
         else:
             row.operator("populace.start_backend", text="Restart Generator", icon="FILE_REFRESH")
         row.operator("populace.copy_error", text="", icon="COPYDOWN").job_id = ""
 
 
+def _draw_install(layout: Any) -> None:
+    """The slim add-on cannot set up a generator: there the user shows where it is."""
+    row = layout.row(align=True)
+    can_set_up = hasattr(bpy.types, "POPULACE_OT_setup_backend")
+    if can_set_up:
+        row.operator("populace.setup_backend", text="Set Up")
+    row.operator("populace.choose_python", text="" if can_set_up else "Choose Python...", icon="FILEBROWSER")
+
+
 def _status(state: Session | None) -> tuple[str, str]:
     """Colour of the dot and one sentence."""
+    if (state is None or state.link is Link.OFF) and not preferences.found():
+        return _RED, "Generator not installed"
     if state is None or state.link is Link.OFF:
         return _GREY, "Generator is off"
     if state.link is Link.STARTING:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import bpy
 from bpy.props import StringProperty
 
@@ -10,6 +13,7 @@ from . import process
 from .messages import masked
 
 _found = ""  # what `refresh` found, so that drawing needs no look at the disk
+_sections: list[Callable[[Any, bpy.types.Context], None]] = []
 
 
 def _python_changed(preferences: bpy.types.AddonPreferences, context: bpy.types.Context) -> None:
@@ -24,6 +28,15 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         description="The Python that has the generator installed, or its environment's folder. "
         "Leave empty to look in the usual places",
         update=_python_changed,
+    )  # fmt: skip
+    torch_index: StringProperty(
+        name="PyTorch Index",
+        description="Address of a studio's mirror of PyTorch's packages, pip for wherever pip is configured to look. "
+        "Leave empty for download.pytorch.org",
+    )  # fmt: skip
+    package_index: StringProperty(
+        name="Package Index",
+        description="Address of a studio's mirror of the Python Package Index. Leave empty for pip's own",
     )  # fmt: skip
 
     def draw(self, context: bpy.types.Context) -> None:
@@ -40,12 +53,44 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         row.operator("populace.find_generator", icon="VIEWZOOM")
         row.operator("populace.start_backend", icon="PLAY")
         row.operator("populace.stop_backend", icon="QUIT")
+        for draw in _sections:
+            draw(layout, context)
+        header, body = layout.panel("POPULACE_mirrors", default_closed=True)
+        header.label(text="Mirrors")
+        if body is not None:
+            body.prop(self, "torch_index", placeholder="download.pytorch.org")
+            body.prop(self, "package_index", placeholder="pypi.org")
+
+
+def add_section(draw: Callable[[Any, bpy.types.Context], None]) -> None:
+    """Have other modules draw below ours; `remove_section` takes it back."""
+    _sections.append(draw)
+
+
+def remove_section(draw: Callable[[Any, bpy.types.Context], None]) -> None:
+    if draw in _sections:
+        _sections.remove(draw)
 
 
 def python() -> str:
     """The configured interpreter, "" to look for one."""
+    value = _value("python")
+    return bpy.path.abspath(value) if value else ""
+
+
+def indexes() -> tuple[str, str]:
+    """The mirrors of PyTorch and of all other packages, "" for the usual place."""
+    return _value("torch_index"), _value("package_index")
+
+
+def found() -> str:
+    """The generator that `refresh` found, for people to read; "" if there is none."""
+    return _found
+
+
+def _value(name: str) -> str:
     addon = bpy.context.preferences.addons.get(__package__)
-    return bpy.path.abspath(addon.preferences.python) if addon is not None and addon.preferences.python else ""
+    return getattr(addon.preferences, name).strip() if addon is not None else ""
 
 
 def refresh() -> bool:

@@ -33,13 +33,14 @@ READY_TIMEOUT_S: Final = 60.0
 RESTARTS: Final = 3
 RESTARTS_PER_S: Final = 300.0
 RUNTIME_FILE: Final = "backend.json"
+POINTER: Final = "current.json"  # written by setup/installer.py
 _MAX_RUNTIME_FILE_BYTES: Final = 64 << 10
 POLL_S: Final = 0.05
-_FOLDER_PREFIX: Final = "populace-start-"
+FOLDER_PREFIX: Final = "populace-start-"
 _DAY_S: Final = 24 * 3600.0
 _IS_WINDOWS: Final = os.name == "nt"
 
-INSTALL_HINT: Final = "Install it (pip install . in Populace's source folder), then choose the Python you used for it."
+INSTALL_HINT: Final = "Set it up, or choose the Python that has it installed."
 
 
 # ------------------------------------------------------------------------------------------------------------ finding
@@ -54,8 +55,9 @@ class Command:
 
 
 def find_command(configured: str = "") -> Command | None:
-    """The backend to start: the configured Python (or its folder, or a `populace` executable), else the first place
-    where one is usually installed. None if there is none. Looks at files only, runs nothing."""
+    """The backend to start: the configured Python (or its folder, or a `populace` executable), else the one that the
+    add-on has set up, else the first place where one is usually installed. None if there is none. Looks at files only,
+    runs nothing."""
     beside = Path(__file__).resolve().parent.parent  # a source checkout, or site-packages: the backend is our neighbour
     home = str(beside) if (beside / "backend" / "__main__.py").is_file() else ""
     if configured:
@@ -64,11 +66,11 @@ def find_command(configured: str = "") -> Command | None:
         if python is None or not python.is_file():
             return None
         if python.stem.lower() == "populace":
-            return Command((str(python),), _quiet_folder())
-        return Command((str(python), "-m", "backend"), home or _quiet_folder())
+            return Command((str(python),), quiet_folder())
+        return Command((str(python), "-m", "backend"), home or quiet_folder())
     for python in _usual_pythons(beside):
         if _has(python, "populace-*.dist-info") or (home and _has(python, "torch")):
-            return Command((str(python), "-m", "backend"), home or _quiet_folder())
+            return Command((str(python), "-m", "backend"), home or quiet_folder())
     return None
 
 
@@ -77,6 +79,8 @@ def _usual_pythons(beside: Path) -> Iterator[Path]:
     named = os.environ.get("POPULACE_PYTHON")
     if named:
         yield Path(named)
+    if python := installed_python():
+        yield python
     home = Path.home()
     data = Path(os.environ.get("LOCALAPPDATA") or home / ".local" / "share")
     folders = [beside / ".venv", home / "populace" / ".venv", home / "populace" / "venv", home / ".venvs" / "populace",
@@ -96,6 +100,31 @@ def _usual_pythons(beside: Path) -> Iterator[Path]:
             yield Path(executable)
 
 
+def setup_folder() -> Path:
+    """Where "Set Up Generator" puts environments: in the backend's data folder, so that all Blenders of a user share
+    one and removing the add-on removes nothing unasked. The same rules as `backend/settings.py`."""
+    if named := os.environ.get("POPULACE_DATA_DIR"):
+        return Path(named).expanduser() / "backend"
+    if home := os.environ.get("POPULACE_HOME"):
+        return Path(home).expanduser() / "data" / "backend"
+    if _IS_WINDOWS:
+        local = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return local / "populace" / "populace" / "backend"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "populace" / "backend"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "populace" / "backend"
+
+
+def installed_python() -> Path | None:
+    """The Python of the environment that the add-on has set up, if there is one."""
+    folder = setup_folder()
+    try:
+        name = json.loads((folder / POINTER).read_text("utf-8"))["current"]
+        return _python_in(folder / "envs" / Path(name).name)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _python_in(folder: Path) -> Path | None:
     names = ("Scripts/python.exe", "python.exe") if _IS_WINDOWS else ("bin/python", "bin/python3")
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -111,7 +140,7 @@ def _has(python: Path, pattern: str) -> bool:
         return False
 
 
-def _quiet_folder() -> str:
+def quiet_folder() -> str:
     """A folder to start in that has no modules which could hide the backend's."""
     return str(Path.home())
 
@@ -174,7 +203,7 @@ class Child:
         """Raises `BackendError` if the program cannot be run at all."""
         _left_alone[:] = [process for process in _left_alone if process.poll() is None]
         _sweep()
-        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._process: subprocess.Popen[Any] | None = None
         flags: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in Blender's terminal is not meant for it
         if sys.platform == "win32":
@@ -230,7 +259,7 @@ class Child:
 
 def _sweep() -> None:
     """Remove what Blenders that were killed could not."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _DAY_S:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the set-up shows: a panel above all others while there is something to say, and the consent dialog."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import Any
+from urllib.parse import urlsplit
+
+import bpy
+
+from . import chores, installer, preferences, process
+from .chore import Chore, Phase
+from .messages import masked
+from .panel import _Panel, _safe, _wrapped
+from .setup_operators import NAME, gigabytes, known
+
+
+class POPULACE_PT_setup(_Panel, bpy.types.Panel):
+    """Progress, outcome, or why nothing can be set up. Gone when there is nothing to say."""
+
+    bl_idname = "POPULACE_PT_setup"
+    bl_label = "Set-up"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        return _chore() is not None or _offline() or known.can_upgrade
+
+    @_safe
+    def draw(self, context: bpy.types.Context) -> None:
+        chore = _chore()
+        if chore is not None:
+            draw_chore(self.layout, context, chore)
+        elif _offline():
+            draw_offline(self.layout, context)
+        elif known.can_upgrade:
+            _lines(self.layout, context, f"Generator {known.installed['version']} is installed, this add-on brings "
+                                         f"{known.version}.")  # fmt: skip
+            self.layout.operator("populace.setup_backend", text=f"Upgrade to {known.version}", icon="FILE_REFRESH")
+
+
+def _chore() -> Chore | None:
+    chore = chores.current()
+    return chore if chore is not None and chore.name == NAME else None
+
+
+def _offline() -> bool:
+    """Nothing is installed, and Blender may not download it."""
+    return known.wheel is not None and not preferences.found() and not bpy.app.online_access
+
+
+def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:
+    if not chore.ended:
+        left = chore.eta_s
+        row = layout.row(align=True)
+        percent = f" {chore.fraction:.0%}" if chore.fraction else ""
+        row.progress(factor=chore.fraction, text="Cancelling" if chore.phase is Phase.CANCELLING else
+                     f"{chore.stage or 'Looking at this computer'}{percent}")  # fmt: skip
+        row.operator("populace.cancel_chore", text="", icon="X")
+        text = ", ".join(filter(None, (chore.text, f"{_duration(left)} left" if left is not None else "")))
+        layout.label(text=text or "Blender can be used meanwhile")
+        return
+    if chore.phase is Phase.FAILED and chore.error is not None:
+        _lines(layout, context, chore.error.message, "ERROR")
+        _lines(layout, context, chore.error.hint)
+        row = layout.row(align=True)
+        row.operator("populace.setup_backend", text="Try Again", icon="FILE_REFRESH")
+        row.operator("populace.copy_setup_log", text="", icon="COPYDOWN")
+        row.operator("populace.dismiss_chore", text="", icon="X")
+        return
+    row = layout.row(align=True)
+    column = row.column()
+    _lines(column, context, _outcome(chore), "CHECKMARK" if chore.phase is Phase.DONE else "CANCEL")
+    row.operator("populace.dismiss_chore", text="", icon="X", emboss=False)
+
+
+def _outcome(chore: Chore) -> str:
+    result = chore.result
+    if chore.phase is Phase.CANCELLED:
+        return "Cancelled. What was downloaded is kept for the next attempt"
+    if "version" not in result:
+        return f"Uninstalled, {gigabytes(int(result.get('freed_bytes', 0)))} freed"
+    restart = ". Stop and start the generator to use it" if result.get("is_upgrade") else ""
+    return f"Generator {result['version']} is set up, {gigabytes(int(result.get('bytes', 0)))}{restart}"
+
+
+def draw_offline(layout: Any, context: bpy.types.Context) -> None:
+    _lines(layout, context, "Online access is off: the generator cannot be downloaded.", "INTERNET_OFFLINE")
+    layout.prop(context.preferences.system, "use_online_access", text="Allow Online Access")
+    layout.operator("populace.setup_backend_offline", text="Set Up from Folder...", icon="FILE_FOLDER")
+
+
+def draw_preferences(layout: Any, context: bpy.types.Context) -> None:
+    """In the add-on's preferences: what is installed, and everything that can be done about it."""
+    box = layout.box()
+    chore, installed = _chore(), known.installed
+    if chore is not None:
+        draw_chore(box, context, chore)
+    if installed:
+        build = installer.BUILDS.get(str(installed.get("build")))
+        size = gigabytes(int(installed.get("bytes", 0)))
+        box.label(text=f"Generator {installed['version']}, {build.title if build else 'unknown build'}, {size}, in "
+                       f"{masked(str(process.setup_folder()))}", icon="CHECKMARK")  # fmt: skip
+    elif known.wheel is not None:
+        box.label(text=f"This add-on can set up generator {known.version}", icon="INFO")
+    else:
+        box.label(text="This add-on carries no generator", icon="INFO")
+    row = box.row(align=True)
+    label = f"Upgrade to {known.version}" if known.can_upgrade else "Set Up Again" if installed else "Set Up"
+    row.operator("populace.setup_backend", text=label, icon="IMPORT")
+    row.operator("populace.setup_backend_offline", text="From Folder...", icon="FILE_FOLDER")
+    back = f"Roll Back to {known.previous['version']}" if known.previous else "Roll Back"
+    row.operator("populace.roll_back_backend", text=back, icon="LOOP_BACK")
+    row.operator("populace.uninstall_backend", text="Uninstall", icon="TRASH")
+    row.operator("populace.copy_setup_log", text="", icon="COPYDOWN")
+
+
+def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
+    """The consent dialog: what, how much, from where, to where."""
+    plan = known.plan
+    layout.use_property_split = True
+    layout.use_property_decorate = False
+    name = plan["build"] if operator.build == "auto" else operator.build
+    build = installer.BUILDS[name]
+    torch_index, package_index = preferences.indexes()
+    hosts = dict.fromkeys(_host(address) for address in (torch_index or build.index, package_index))
+    python = "Blender's own" if plan["python"] == sys.executable else masked(plan["python"])
+    needs = build.download_bytes + build.installed_bytes + plan["spare_bytes"]
+    rows = [
+        ("Installs", f"Populace {plan['version']} with PyTorch, {build.title}"),
+        ("Download", f"About {gigabytes(build.download_bytes)} from {' and '.join(hosts)}"),
+        ("Disk", f"About {gigabytes(build.installed_bytes)} of {gigabytes(plan['free_bytes'])} free"),
+        ("Folder", masked(plan["folder"])),
+        ("Python", f"{plan['python_version']}, {python}" if plan["python"] else "None found"),
+        ("GPU", plan["gpu"] or "None that can be used"),
+    ]
+    column = layout.column(align=True)
+    for title, text in rows:
+        row = column.split(factor=0.2)
+        row.label(text=title)
+        row.label(text=text)
+    alerts = [plan["remark"], plan["problem"], plan["hint"]]
+    if plan["free_bytes"] < needs:
+        alerts.append(f"Not enough space: {gigabytes(needs)} are needed while installing")
+    if any(alerts):
+        box = layout.box()
+        box.alert = True
+        for text in filter(None, alerts):
+            for line in _split(text):
+                box.label(text=line)
+    header, body = layout.panel("POPULACE_setup_options", default_closed=not plan["problem"])
+    header.label(text="Options")
+    if body is not None:
+        body.prop(operator, "build")
+        body.prop(operator, "python", placeholder="Found automatically")
+    column = layout.column(align=True)
+    column.scale_y = 0.8
+    column.label(text="Nothing else on this computer is changed. You can cancel, and uninstall it again.")
+    if name.startswith("cuda"):
+        column.label(text="PyTorch is free software; NVIDIA's CUDA libraries come under NVIDIA's own licence.")
+    if plan["installed"]:
+        column.label(text="The installed generator stays in use until the new one has proved to work.")
+
+
+def _host(address: str) -> str:
+    if not address or address == installer.PIP_DEFAULT:
+        return "PyPI"
+    return urlsplit(address).hostname or masked(address)
+
+
+def _lines(layout: Any, context: bpy.types.Context, text: str, icon: str = "NONE") -> None:
+    column = layout.column(align=True)
+    column.scale_y = 0.8
+    for index, line in enumerate(_wrapped(context, text)):
+        column.label(text=line, icon=icon if index == 0 else "BLANK1" if icon != "NONE" else "NONE")
+
+
+def _split(text: str) -> list[str]:
+    return textwrap.wrap(text, 76)
+
+
+def _duration(value_s: float) -> str:
+    return f"{max(value_s, 1):.0f} s" if value_s < 90 else f"{value_s / 60:.0f} min"
+
+
+def register() -> None:
+    bpy.utils.register_class(POPULACE_PT_setup)
+    preferences.add_section(draw_preferences)
+
+
+def unregister() -> None:
+    preferences.remove_section(draw_preferences)
+    bpy.utils.unregister_class(POPULACE_PT_setup)
