@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     addon = command("addon", None, "the Blender add-on").add_subparsers(dest="action", required=True, metavar="ACTION")
     build = command("build", _addon_build, "make the zip that Blender installs", addon)
     build.add_argument("--out", type=Path, default=Path("dist"), help="folder (default: dist)")
+    kind = build.add_mutually_exclusive_group()
+    kind.add_argument("--slim", action="store_true", help="the add-on alone (default)")
+    kind.add_argument("--full", action="store_true", help="with the generator and what sets it up; from a checkout")
+    index = command("index", _addon_index, "write index.json, the repository listing for a folder of zips", addon)
+    index.add_argument("folder", type=Path, help="serve it as it is; slim and full need folders of their own")
+    index.add_argument("--html", action="store_true", help="also index.html, with links to drag into Blender")
 
     weights = command("weights", None, "model weights").add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = command("list", _weights_list, "show what the manifest names and whether it is here", weights)
@@ -240,10 +246,16 @@ def _doctor(args: argparse.Namespace) -> int:
 def _addon_build(args: argparse.Namespace) -> None:
     from backend import addon
 
-    path = addon.build(args.out)
+    path = addon.build(args.out, args.full)
     checked = addon.validate(path)
     print(path)
     print("Blender's validator finds no fault." if checked else "Not validated: no bpy module here.", file=sys.stderr)
+
+
+def _addon_index(args: argparse.Namespace) -> None:
+    from backend import addon
+
+    print(addon.write_index(args.folder, args.html))
 
 
 def _weights_list(args: argparse.Namespace) -> None:
