@@ -117,11 +117,11 @@ def _page(rows: list[dict[str, Any]]) -> str:
     """Links that can be dragged into Blender."""
     lines = []
     for row in rows:
-        query = {"repository": "./index.json", "blender_version_min": row["blender_version_min"]}
-        address = html.escape(f"{row['archive_url']}?{urlencode(query)}")
-        name = html.escape(f"{row['name']} {row['version']}")
-        lines.append(f'<p><a href="{address}">{name}</a>: {html.escape(row["tagline"])}. Blender '
-                     f"{html.escape(row['blender_version_min'])} or newer, {row['archive_size'] / 1e6:.1f} MB</p>")  # fmt: skip
+        oldest = row["blender_version_min"]
+        query = urlencode({"repository": "./index.json", "blender_version_min": oldest})
+        about = f"{row['tagline']}. Blender {oldest} or newer, {row['archive_size'] / 1e6:.1f} MB"
+        link = f'<a href="{html.escape(row["archive_url"] + "?" + query)}">'
+        lines.append(f"<p>{link}{html.escape(row['name'])} {html.escape(row['version'])}</a>: {html.escape(about)}</p>")
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Populace</title></head>\n<body>\n'
             "<p>Drag a link into Blender, or add this page's address with index.json at its end under Preferences, "
             "Get Extensions, Repositories.</p>\n" + "\n".join(lines) + "\n</body></html>\n")  # fmt: skip

@@ -106,10 +106,12 @@ class Leash:
         self._child: subprocess.Popen[Any] | None = None
         self._lock = threading.RLock()  # the signal handler may come while this very thread holds it
 
-    def watch(self, stream: IO[bytes]) -> None:
+    def watch(self, descriptor: int) -> None:
+        """Of a pipe. It is read without Python's buffer, whose lock a thread must not hold when the program ends."""
+
         def wait() -> None:
-            with contextlib.suppress(OSError, ValueError):
-                stream.readline()
+            with contextlib.suppress(OSError):
+                os.read(descriptor, 1)
             self.pull()
 
         threading.Thread(target=wait, daemon=True).start()
@@ -622,7 +624,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     teller, leash = Teller(sys.stdout), Leash()
     signal.signal(signal.SIGTERM, leash.pull)
-    leash.watch(sys.stdin.buffer)
+    leash.watch(sys.stdin.fileno())
     job = Job(Home(args.folder.absolute()), teller, leash, args)
     try:
         if args.command == "plan":
