@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 
@@ -49,13 +49,13 @@ def _humanoid(thumb: tuple[str, str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Preset:
-    """What an engine expects. GLB is metres and Y up by its standard, FBX is written in centimetres and says so; the
-    units are those of USD and OBJ, the axes those of USD, OBJ and FBX."""
+    """What an engine expects. GLB is metres and Y up by its standard; USD is in metres and FBX in centimetres, and
+    both say so; OBJ knows no unit."""
 
     title: str
     formats: tuple[Format, ...]  # when none are asked for
-    up: Literal["Y", "Z"] = "Y"  # Y: the person faces +Z, Z: -Y
-    metres_per_unit: float = 1.0
+    up: Literal["Y", "Z"] = "Y"  # of OBJ, USD and FBX. Y: the person faces +Z, Z: -Y
+    metres_per_unit: float = 1.0  # of OBJ
     bones: Mapping[str, str] = field(default_factory=dict)  # names that differ from ours
 
 
@@ -133,8 +133,8 @@ def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, p
     with tempfile.TemporaryDirectory(prefix="populace-") as private:
         parcel, trouble = Path(private) / "person.safetensors", Path(private) / "error.json"
         parcel.write_bytes(packet.dumps(asset))
-        order = {"packet": str(parcel), "path": str(path.absolute()), "name": name, "up": preset.up, "form": form,
-                 "metres_per_unit": preset.metres_per_unit, "trouble": str(trouble)}  # fmt: skip
+        order = {"packet": str(parcel), "path": str(path.absolute()), "name": name, "form": form, "up": preset.up,
+                 "trouble": str(trouble)}  # fmt: skip
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "BLENDER_USER_RESOURCES": private}
         try:
             done = subprocess.run(
@@ -151,8 +151,3 @@ def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, p
             raise PopulaceError("internal_error", f"Blender could not write {path.name}: {said or done.returncode}",
                                 "Run it again; ask for glb if it stays so.")  # fmt: skip
     return path
-
-
-def describe() -> Mapping[str, Any]:
-    """The presets for a help text."""
-    return {name: f"{preset.title}; {', '.join(preset.formats)} by default" for name, preset in PRESETS.items()}

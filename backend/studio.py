@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A headless Blender with the add-on in it, and a photo studio for people. Of the backend's modules only this one
-imports bpy, and nothing on the road from request to packet imports this one: the demo and `generate --format blend` do.
+imports bpy, and nothing on the road from request to packet imports this one: `demo` and `interchange_blender` do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from backend.protocol import PopulaceError
 
 if TYPE_CHECKING:
-    from backend.packet import HumanAsset
     from blender_addon.packet import Human
 
 SPACING_M = 1.0  # between people whose arms are down
@@ -48,17 +47,6 @@ def start() -> Any:
     if enabled is None:
         raise PopulaceError("internal_error", "Blender cannot load the Populace add-on.", "Run again with --verbose.")
     return bpy
-
-
-def save_person(asset: HumanAsset, path: Path) -> None:
-    """Write one person as a .blend: alone in an otherwise empty scene, inserted by the add-on."""
-    bpy = start() if "bpy" not in sys.modules else sys.modules["bpy"]
-    from backend import packet
-    from blender_addon import packet as addon_packet
-
-    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
-    insert(bpy, addon_packet.read(packet.dumps(asset)), 0, 1)
-    save(bpy, path)
 
 
 def insert(bpy: Any, human: Human, index: int, count: int) -> tuple[float, list[Any]]:
