@@ -97,7 +97,8 @@ def _write_fbx(bpy: Any, path: Path, up: str, root: Any) -> None:
     with studio.quiet():
         bpy.ops.export_scene.fbx(
             filepath=str(path), object_types={"EMPTY", "ARMATURE", "MESH"}, axis_forward=forward, axis_up=upwards,
-            mesh_smooth_type="FACE", use_tspace=True, add_leaf_bones=False, bake_anim=False, path_mode="COPY", embed_textures=True,
+            mesh_smooth_type="FACE", use_tspace=True, add_leaf_bones=False, bake_anim=False,
+            path_mode="COPY", embed_textures=True,
         )  # fmt: skip
     for image in bpy.data.images:
         if image.name.endswith("_orm") and image.packed_file is not None:
