@@ -78,7 +78,7 @@ def on_surface(
         hits = _apart(points, kept, distance)[: count - len(kept)]
         missed = 0 if len(hits) else missed + darts
         kept, owners = np.concatenate([kept, points[hits]]), np.concatenate([owners, owner[hits]])
-    return Spots(kept, _level(leads[owners]))
+    return Spots(kept, level(leads[owners]))
 
 
 def along_curve(lines: Sequence[Array], count: int, distance: float, seed: int, width: float = 0.0,
@@ -111,7 +111,7 @@ def along_curve(lines: Sequence[Array], count: int, distance: float, seed: int, 
     part = (at - (ends - size)[segment]) / np.maximum(size[segment], 1e-30)
     points = starts[segment] + np.clip(part, 0, 1)[:, None] * steps[segment]
     kept = _apart(points, np.empty((0, 3)), distance * (1 - 1e-9))  # where the line comes back near itself
-    return Spots(points[kept], _level(steps[segment[kept]]))
+    return Spots(points[kept], level(steps[segment[kept]]))
 
 
 def in_grid(count: int, distance: float, seed: int, gap: float = 0.0, columns: int = 0, jitter: float = 0.0) -> Spots:
@@ -152,11 +152,11 @@ def _apart(points: Array, others: Array, distance: float) -> Array:
 
 def _band(line: Array, width: float) -> tuple[Array, Array]:
     """A level ribbon along a line as triangles [T, 3, 3], and where each leads [T, 3]. Corners are mitred."""
-    steps = _level(np.diff(line, axis=0))
+    steps = level(np.diff(line, axis=0))
     is_ring = np.allclose(line[0], line[-1])
     before = np.concatenate([steps[-1:] if is_ring else steps[:1], steps])
     after = np.concatenate([steps, steps[:1] if is_ring else steps[-1:]])
-    middle = _level(before + after)
+    middle = level(before + after)
     middle[~middle.any(1)] = after[~middle.any(1)]
     stretch = 1 / np.maximum(np.abs((middle * after).sum(1)), 0.5)
     side = np.stack([middle[:, 1], -middle[:, 0], np.zeros(len(middle))], 1) * (stretch * width / 2)[:, None]
@@ -165,7 +165,7 @@ def _band(line: Array, width: float) -> tuple[Array, Array]:
     return np.concatenate([np.stack(corners, 1) for corners in quads]), np.concatenate([steps, steps])
 
 
-def _level(directions: Array) -> Array:
+def level(directions: Array) -> Array:
     """Unit vectors without their Z; zero for those that point up or down."""
     flat = np.array(directions, np.float64)
     flat[:, 2] = 0
@@ -181,7 +181,7 @@ def headings(spots: Spots, seed: int, fixed: float = 0.0, spread: float = 0.0, t
     """Turns about Z in radians [M]: towards `target` [3], or along each spot's own direction where it has one if
     `follow`, else by `fixed`; then at random within `spread` radians around that."""
     turns = np.full(len(spots), fixed, np.float64)
-    ahead = spots.along if target is None else _level(np.asarray(target, np.float64) - spots.points)
+    ahead = spots.along if target is None else level(np.asarray(target, np.float64) - spots.points)
     if follow or target is not None:
         has = ahead.any(1)
         turns[has] = np.arctan2(ahead[has, 0], -ahead[has, 1]) + fixed
