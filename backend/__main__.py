@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_plan(command("plan", batch.run_plan, "write a plan for a batch: one request per line, on stdout"))
     batch.add_batch(command("batch", batch.run_batch, "make the people of a plan, in parallel, resumable, in shards"))
 
+    batch.add_farm(command("farm", batch.run_farm, "print the job file of a render farm that runs a batch in shards"))
+
     serve = command("serve", _serve, "run the backend for Blender and scripts on 127.0.0.1")
     serve.add_argument("--stay", action="store_true", default=None, help="go on when the last client has left")
     serve.add_argument("--json", action="store_true", help="print one JSON line when ready: port, pid, runtime_file")
@@ -141,12 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("folder", type=Path, help="serve it as it is; slim and full need folders of their own")
     index.add_argument("--html", action="store_true", help="also index.html, with links to drag into Blender")
 
-    weights = command("weights", None, "model weights").add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = command("list", _weights_list, "show what the manifest names and whether it is here", weights)
-    listing.add_argument("--json", action="store_true", help="as JSON")
-    command("verify", _weights_verify, "check size and SHA-256 of every file that is here", weights)
-    describe = command("hash", _weights_hash, "print a file's manifest entry", weights)
-    describe.add_argument("file", type=Path)
+    from backend import weights_command
+
+    weights_command.add_commands(command, command("weights", None, "model weights"))
 
     bench = command("bench", _bench, "measure seconds and peak memory per stage, growth with the grid, and ratios")
     bench.add_argument("--json", action="store_true", help="as JSON on stdout")
@@ -256,42 +255,6 @@ def _addon_index(args: argparse.Namespace) -> None:
     from backend import addon
 
     print(addon.write_index(args.folder, args.html))
-
-
-def _weights_list(args: argparse.Namespace) -> None:
-    from backend import weights
-
-    data_dir = Settings.load().data_dir
-    rows = []
-    for manifest in weights.manifests():
-        for file in manifest.files:
-            path = manifest.location(file, data_dir)
-            rows.append({"name": manifest.name, "title": manifest.title, "licence": manifest.licence,
-                         "size": file.size, "sha256": file.sha256, "path": str(path), "here": path.is_file(),
-                         "provenance": manifest.provenance})  # fmt: skip
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        state = "here" if row["here"] else "missing"
-        print(f"{row['name']:<12} {row['size'] / 1e6:8.1f} MB  {state:<8} {row['licence']:<12} {row['path']}")
-        print(f"{'':<12} {row['title']}. {row['provenance']}")
-
-
-def _weights_verify(args: argparse.Namespace) -> None:
-    from backend import weights
-
-    data_dir = Settings.load().data_dir
-    for manifest in weights.manifests():
-        for file in manifest.files:
-            path = weights.verify(manifest, file, data_dir, fresh=True)
-            print(f"{manifest.name}: {path} is what the manifest says")
-
-
-def _weights_hash(args: argparse.Namespace) -> None:
-    from backend import weights
-
-    print(weights.describe(args.file), end="")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -18,7 +18,8 @@ import platformdirs
 
 from backend.protocol import PopulaceError
 
-_OTHER_VARIABLES = {"POPULACE_HOME", "POPULACE_CONFIG", "POPULACE_PYTHON"}  # the last one is the add-on's
+_OTHER_VARIABLES = {"POPULACE_HOME", "POPULACE_CONFIG", "POPULACE_PYTHON", "POPULACE_TORCH_INDEX"}
+"""The last two are the add-on's and its installer's."""
 _DEVICES = ("auto", "cpu", "cuda")
 
 

@@ -50,10 +50,20 @@ class Manifest:
     embedded: bool
     files: tuple[WeightFile, ...]
     folder: Path  # of the TOML file
+    licence_text: str = ""  # to be accepted before a download; "" where name and address say it all
+    imported: bool = False  # brought by the user, not known to this version
 
     def location(self, file: WeightFile, data_dir: Path) -> Path:
         base = self.folder if self.embedded else data_dir / "weights" / self.name
         return base / file.path
+
+    def is_here(self, data_dir: Path) -> bool:
+        """Whether all files are there; `verify` says whether they are good."""
+        return all(self.location(file, data_dir).is_file() for file in self.files)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
 
     @property
     def sha256(self) -> str:
@@ -88,17 +98,44 @@ class Weights:
         return arrays, metadata
 
 
-def manifests(folder: Path = MANIFEST_FOLDER) -> tuple[Manifest, ...]:
-    """Every manifest that ships, by name."""
-    return tuple(_read_manifest(path) for path in sorted(folder.glob("*.toml")))
+def manifests(folder: Path = MANIFEST_FOLDER, data_dir: Path | None = None) -> tuple[Manifest, ...]:
+    """Every manifest that ships, by name; with `data_dir` also those that the user imported."""
+    shipped = tuple(_read_manifest(path) for path in sorted(folder.glob("*.toml")))
+    if data_dir is None:
+        return shipped
+    names, own = {manifest.name for manifest in shipped}, []
+    for path in sorted(imports_folder(data_dir).glob("*.toml")):
+        try:
+            manifest = _read_manifest(path)
+        except (OSError, ValueError) as error:  # not ours to correct
+            log.warning("imported weights ignored: %s", error)
+            continue
+        if manifest.name not in names:
+            own.append(manifest)
+    return shipped + tuple(own)
+
+
+def find(name: str, data_dir: Path, folder: Path = MANIFEST_FOLDER) -> Manifest:
+    """Shipped or imported. Raises `weights_missing` with the names that exist."""
+    known = {manifest.name: manifest for manifest in manifests(folder, data_dir)}
+    if name not in known:
+        raise PopulaceError("weights_missing", f"This version ships no weights called {name!r}, and none of that "
+                            "name were imported.", f"There are: {', '.join(known) or 'none'}.")  # fmt: skip
+    return known[name]
+
+
+def imports_folder(data_dir: Path) -> Path:
+    """Where the manifests of imported weights are."""
+    return data_dir / "weights" / "imported"
 
 
 def locate(name: str, data_dir: Path, folder: Path = MANIFEST_FOLDER) -> Weights:
-    """The verified weights called `name`. Raises `weights_missing` (with where to get them) or `weights_corrupt`."""
-    path = folder / f"{name}.toml"
-    if not path.is_file():
-        raise PopulaceError("weights_missing", f"This version ships no weights called {name!r}.", "Reinstall Populace.")
-    manifest = _read_manifest(path)
+    """The verified weights called `name`, or those that the user put in their place (`replacements`).
+
+    Raises `weights_missing` (with where to get them) or `weights_corrupt`.
+    """
+    manifest = find(replacements(data_dir).get(name, name), data_dir, folder)
+    name = manifest.name
     for file in manifest.files:
         verify(manifest, file, data_dir)
     return Weights(name, manifest.sha256, tuple(manifest.location(file, data_dir) for file in manifest.files))
@@ -131,6 +168,21 @@ def verify(manifest: Manifest, file: WeightFile, data_dir: Path, fresh: bool = F
         with contextlib.suppress(OSError):
             os.replace(path, path.with_name(f"{path.name}.corrupt"))
     raise _corrupt(manifest.name, f"{path.name}: {problem}", _how_to_get(manifest, file, path))
+
+
+def replacements(data_dir: Path) -> dict[str, str]:
+    """Which weights are used in place of which, as `populace weights use` left it."""
+    found = user_record(data_dir).get("use", {})
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def user_record(data_dir: Path) -> dict[str, Any]:
+    """The user's own manifest, `<data_dir>/weights/user.json`: accepted licences and replacements."""
+    try:
+        found = json.loads((data_dir / "weights" / "user.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_tensors(
@@ -177,7 +229,7 @@ def _read_manifest(path: Path) -> Manifest:
         if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size <= 0:
             raise ValueError(f"{path.name}: {file.path} has a bad sha256 or size")
         address = f"{file.repository}@{file.revision}"
-        if not manifest.embedded and not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", address):
+        if not (manifest.embedded or manifest.imported) and not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", address):
             raise ValueError(f"{path.name}: {file.path} names no repository with a 40-digit revision")
     return manifest
 
@@ -185,7 +237,10 @@ def _read_manifest(path: Path) -> Manifest:
 def _how_to_get(manifest: Manifest, file: WeightFile, path: Path) -> str:
     if manifest.embedded:
         return "They are part of Populace itself: reinstall it."
-    return f"Fetch {file.path} of huggingface.co/{file.repository} at revision {file.revision} and put it at {path}."
+    if manifest.imported:
+        return f"Import the file again, or put it at {path}."
+    return (f"Run: populace weights fetch {manifest.name}, or bring {file.path} of huggingface.co/{file.repository} at "
+            f"revision {file.revision} and put it at {path}.")  # fmt: skip
 
 
 def _corrupt(name: str, what: str, hint: str = "") -> PopulaceError:
