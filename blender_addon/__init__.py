@@ -15,11 +15,13 @@ from types import ModuleType
 
 def _modules() -> tuple[ModuleType, ...]:
     """In the order of registration; each has a register() and an unregister()."""
-    from . import chores, command_line, crowd_form, crowd_operators, operators, panel, preferences, properties, tasks
+    from . import assets, chores, command_line, crowd_form, crowd_operators, crowd_panel
+    from . import operators, panel, preferences, properties, tasks
 
     setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
              if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip
-    return preferences, properties, operators, crowd_form, crowd_operators, chores, *setup, panel, tasks, command_line
+    return (preferences, properties, operators, crowd_form, crowd_operators, assets, chores, *setup, panel, crowd_panel,
+            tasks, command_line)  # fmt: skip
 
 
 def register() -> None:

@@ -4,93 +4,68 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
-from contextlib import closing
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import bpy
-from bpy.props import BoolProperty, StringProperty
+from bpy.props import EnumProperty, StringProperty
 
-from . import preferences, scene, tasks
-from .client import Client
+from . import attributes, preferences, recipes, scene, snippets, tasks
+from .actions import Action, Result, Work, has_human, in_object_mode, needs
 from .messages import BackendError, Request
-from .packet import recipe_latents
-from .properties import MAX_SEED, RANDOM_SEEDS, active_human, request_properties
+from .properties import MAX_SEED, RANDOM_SEEDS, active_human, output_of, request_properties, take_request
 from .session import Job, Link
 
-log = logging.getLogger(__name__)
 
-Result = set[str]
-
-
-class POPULACE_OT_generate(bpy.types.Operator):
+class POPULACE_OT_generate(Action, bpy.types.Operator):
     """Make people and put them at the 3D cursor, feet on its height"""
 
     bl_idname = "populace.generate"
     bl_label = "Generate"
-    bl_options = {"REGISTER"}  # noqa: RUF012
+    undo_name = "Generate Humans"
 
     __annotations__ = {
         **request_properties(),
+        "values": StringProperty(name="Attributes", description='JSON of what to set, such as {"height_m": 1.8}',
+                                 options={"SKIP_SAVE", "HIDDEN"}),
         "latents": StringProperty(name="Latents", description="JSON of codes that replace those of the seed",
                                   options={"SKIP_SAVE", "HIDDEN"}),
-        "wait": BoolProperty(name="Wait", description="Return when the people stand in the scene. Always so in "
-                             "background mode", options={"SKIP_SAVE"}),
     }  # fmt: skip
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if context.mode != "OBJECT":
-            cls.poll_message_set("Switch to Object Mode first")
-            return False
-        return True
+        return in_object_mode(cls, context)
 
-    def invoke(self, context: bpy.types.Context, event: Any) -> Result:
-        """The button: take the form's values."""
+    def gather(self, context: bpy.types.Context) -> None:
+        """The form's values."""
         form = context.scene.populace
         if form.randomise_seed:
             form.seed = secrets.randbelow(RANDOM_SEEDS)
         for name in request_properties():
             setattr(self, name, getattr(form, name))
-        return self.execute(context)
+        if wished := attributes.wished(context, form.family):
+            self.values = snippets.values(wished)
 
-    def execute(self, context: bpy.types.Context) -> Result:
-        try:
-            requests = self._requests()
-        except (ValueError, TypeError):
-            self.report({"ERROR"}, "The latents are not JSON of names and rows of numbers")
-            return {"CANCELLED"}
+    def work(self, context: bpy.types.Context) -> Work:
+        base = Request(family=self.family, truncation_psi=self.truncation_psi, prompt=self.prompt.strip() or None,
+                       latents=self._json("latents"), **output_of(self))  # fmt: skip
+        if values := self._json("values"):
+            base = replace(base, edits=[{"op": "set", "values": values}])
         name = f"Humans {self.seed}" if self.count == 1 else f"Humans {self.seed}-{self.seed + self.count - 1}"
         batch = scene.Batch(name, self.count, tuple(context.scene.cursor.location), self.with_rig)
-        if self.wait or bpy.app.background:
-            return self._generate_now(context, requests, batch)
-        tasks.submit(requests, batch)
-        return {"FINISHED"}
+        seeds = range(self.seed, self.seed + self.count)
+        return [(replace(base, seed=seed), tasks.InBatch(batch, i, f"Seed {seed}", self.mark_asset))
+                for i, seed in enumerate(seeds)]  # fmt: skip
 
-    def _requests(self) -> list[Request]:
-        settings = {f.name: getattr(self, f.name) for f in fields(Request) if f.name in request_properties()}
-        settings["texture_size"] = int(self.texture_size)
-        settings["latents"] = json.loads(self.latents) if self.latents else None
-        return [Request(**settings | {"seed": self.seed + i}) for i in range(self.count)]
-
-    def _generate_now(self, context: bpy.types.Context, requests: list[Request], batch: scene.Batch) -> Result:
-        client, done = Client(preferences.python()), 0
+    def _json(self, name: str) -> dict[str, Any] | None:
         try:
-            with closing(client.generate_all(requests)) as humans:
-                for index, human in enumerate(humans):
-                    scene.insert(context, human, batch, index)
-                    done += 1
-        except BackendError as error:
-            log.warning("generate: %s", error)
-            self.report({"ERROR"}, f"{error} {done} of {len(requests)} people were made.")
-            return {"CANCELLED"}
-        finally:
-            if done and not bpy.app.background:
-                bpy.ops.ed.undo_push(message="Generate Humans")
-        self.report({"INFO"}, f"{done} people made" if done > 1 else "1 person made")
-        return {"FINISHED"}
+            found = json.loads(getattr(self, name) or "null")
+        except ValueError:
+            found = False
+        if found is not None and not isinstance(found, dict):
+            raise BackendError("bad_values", f"The {name} are not JSON of names and values.", "Correct them.")
+        return found
 
 
 class POPULACE_OT_insert_result(bpy.types.Operator):
@@ -104,10 +79,7 @@ class POPULACE_OT_insert_result(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        if context.mode != "OBJECT":
-            cls.poll_message_set("Switch to Object Mode first")
-            return False
-        return True
+        return in_object_mode(cls, context)
 
     def execute(self, context: bpy.types.Context) -> Result:
         job = _job(self.job_id)
@@ -118,8 +90,7 @@ class POPULACE_OT_insert_result(bpy.types.Operator):
             tasks.working_session().fetch(job)
             self.report({"INFO"}, "Fetching the person once more")
             return {"CANCELLED"}
-        batch, index = job.tag
-        _, remark = scene.insert(context, job.human, batch, index)
+        remark = job.tag.apply(context, job.human)
         job.taken, job.human = True, None
         job.note = remark or job.note.replace("Goes", "Went")
         if remark:
@@ -150,10 +121,8 @@ class POPULACE_OT_cancel_all(bpy.types.Operator):
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         state = tasks.session()
-        if state is None or not any(not job.status.ended for job in state.jobs.values()):
-            cls.poll_message_set("Nothing is being made")
-            return False
-        return True
+        return needs(cls, "Nothing is being made", state is not None
+                     and any(not job.status.ended for job in state.jobs.values()))  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:
         state = tasks.working_session()
@@ -171,10 +140,8 @@ class POPULACE_OT_clear_jobs(bpy.types.Operator):
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         state = tasks.session()
-        if state is None or not any(job.status.ended for job in state.jobs.values()):
-            cls.poll_message_set("No job is finished")
-            return False
-        return True
+        return needs(cls, "No job is finished", state is not None
+                     and any(job.status.ended for job in state.jobs.values()))  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:
         state = tasks.session()
@@ -193,10 +160,8 @@ class POPULACE_OT_start_backend(bpy.types.Operator):
     def poll(cls, context: bpy.types.Context) -> bool:
         state = tasks.session()
         busy = state is not None and state.link in (Link.STARTING, Link.READY, Link.STOPPING)
-        if state is not None and busy and state.trouble is None:
-            cls.poll_message_set("The generator is running" if state.link is Link.READY else "Wait a moment")
-            return False
-        return True
+        why = "The generator is running" if state is not None and state.link is Link.READY else "Wait a moment"
+        return needs(cls, why, state is None or not busy or state.trouble is not None)
 
     def execute(self, context: bpy.types.Context) -> Result:
         if not preferences.refresh():
@@ -215,10 +180,8 @@ class POPULACE_OT_stop_backend(bpy.types.Operator):
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         state = tasks.session()
-        if state is None or state.link not in (Link.STARTING, Link.READY):
-            cls.poll_message_set("The generator is not running")
-            return False
-        return True
+        return needs(cls, "The generator is not running", state is not None
+                     and state.link in (Link.STARTING, Link.READY))  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:
         tasks.working_session().shutdown()
@@ -281,7 +244,7 @@ class POPULACE_OT_copy_recipe(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        return _human_needed(cls, context)
+        return has_human(cls, context)
 
     def execute(self, context: bpy.types.Context) -> Result:
         human = active_human(context)
@@ -299,21 +262,24 @@ class POPULACE_OT_use_recipe(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        return _human_needed(cls, context)
+        return has_human(cls, context)
 
     def execute(self, context: bpy.types.Context) -> Result:
-        form, recipe = context.scene.populace, _recipe(active_human(context))
-        if int(recipe.get("seed", 0)) > MAX_SEED:
-            self.report({"ERROR"}, f"Seed {recipe['seed']} is larger than a form can hold, use Make Again")
+        form = context.scene.populace
+        try:
+            recipe = recipes.parse(active_human(context).populace.recipe)
+            if int(recipe.get("seed", 0)) > MAX_SEED:
+                raise BackendError("large_seed", f"Seed {recipe['seed']} is larger than a form can hold.",
+                                   "Use Make Again.")  # fmt: skip
+        except BackendError as error:
+            self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         form.randomise_seed, form.count = False, 1
-        for name in request_properties():
-            if name in recipe:
-                setattr(form, name, str(recipe[name]) if name == "texture_size" else recipe[name])
+        take_request(form, recipe)
         return {"FINISHED"}
 
 
-class POPULACE_OT_make_again(bpy.types.Operator):
+class POPULACE_OT_make_again(Action, bpy.types.Operator):
     """Make this very person once more from the stored recipe, with its exact latents"""
 
     bl_idname = "populace.make_again"
@@ -321,20 +287,49 @@ class POPULACE_OT_make_again(bpy.types.Operator):
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        return _human_needed(cls, context)
+        return has_human(cls, context) and in_object_mode(cls, context)
+
+    def work(self, context: bpy.types.Context) -> Work:
+        root = active_human(context)
+        seed = root.populace.seed
+        batch = scene.Batch(f"Humans {seed}", 1, tuple(context.scene.cursor.location), root.type == "ARMATURE")
+        return [(recipes.request_of(recipes.parse(root.populace.recipe)), tasks.InBatch(batch, 0, f"Seed {seed}"))]
+
+
+class POPULACE_OT_copy_python(bpy.types.Operator):
+    """Copy Python that does this again. Holding Alt while pressing any button of Populace does the same for it"""
+
+    bl_idname = "populace.copy_python"
+    bl_label = "Copy as Python"
+
+    what: EnumProperty(name="What", items=[
+        ("LAST", "Last Action", "What was done last, by a button or a slider"),
+        ("ALL", "All Actions", "What was done since Blender started, oldest first"),
+        ("HUMAN", "This Human", "The active human with its exact latents, by operator"),
+        ("CLIENT", "This Human by Client", "The active human as arrays, for scripts without a scene"),
+    ], options={"SKIP_SAVE"})  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:
-        try:
-            recipe = _recipe(active_human(context))
-            settings = {f.name: recipe[f.name] for f in fields(Request) if f.name in recipe}
-            settings["latents"] = recipe_latents(recipe) or None
-            for name in ("prompt", "edits"):  # the latents have them in already
-                settings.pop(name, None)
-        except (ValueError, KeyError, TypeError):
-            self.report({"ERROR"}, "This person's recipe was changed and cannot be read")
+        root = active_human(context)
+        if self.what in ("LAST", "ALL"):
+            if not snippets.last:
+                self.report({"WARNING"}, "Nothing was done yet")
+                return {"CANCELLED"}
+            text = snippets.script(*(snippets.last if self.what == "ALL" else [snippets.last[-1]]))
+        elif root is None:
+            self.report({"WARNING"}, "Select a generated human")
             return {"CANCELLED"}
-        batch = scene.Batch(f"Humans {recipe.get('seed', '')}", 1, tuple(context.scene.cursor.location))
-        tasks.submit([Request(**settings)], batch)
+        else:
+            try:
+                request = recipes.request_of(recipes.parse(root.populace.recipe))
+            except BackendError as error:
+                self.report({"ERROR"}, str(error))
+                return {"CANCELLED"}
+            text = snippets.client_script(request, __package__)
+            if self.what == "HUMAN":
+                text = snippets.script(snippets.person(request, root.type == "ARMATURE"))
+        context.window_manager.clipboard = text
+        self.report({"INFO"}, "Copied as Python")
         return {"FINISHED"}
 
 
@@ -366,25 +361,11 @@ def _job(job_id: str) -> Job | None:
     return state.jobs.get(job_id) if state is not None else None
 
 
-def _recipe(human: bpy.types.Object | None) -> dict[str, Any]:
-    recipe = json.loads(human.populace.recipe) if human is not None else None
-    if not isinstance(recipe, dict):
-        raise ValueError("not a recipe")
-    return recipe
-
-
-def _human_needed(cls: type[bpy.types.Operator], context: bpy.types.Context) -> bool:
-    if active_human(context) is None:
-        cls.poll_message_set("Select a generated human")
-        return False
-    return True
-
-
 _CLASSES = (
     POPULACE_OT_generate, POPULACE_OT_insert_result, POPULACE_OT_cancel_job, POPULACE_OT_cancel_all,
     POPULACE_OT_clear_jobs, POPULACE_OT_start_backend, POPULACE_OT_stop_backend, POPULACE_OT_find_generator,
     POPULACE_OT_choose_python, POPULACE_OT_new_seed, POPULACE_OT_copy_recipe, POPULACE_OT_use_recipe,
-    POPULACE_OT_make_again, POPULACE_OT_copy_error,
+    POPULACE_OT_make_again, POPULACE_OT_copy_python, POPULACE_OT_copy_error,
 )  # fmt: skip
 
 

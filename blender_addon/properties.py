@@ -19,17 +19,21 @@ from bpy.props import (
     StringProperty,
 )
 
+from . import tasks
+from .families import Family
 from .packet import Human
 
 MAX_SEED: Final = 2**31 - 1  # Blender's integers; the backend takes more
 RANDOM_SEEDS: Final = 1_000_000  # numbers that a person can read out
 MAX_COUNT: Final = 100
 MAX_VERSIONS: Final = 24  # of one person; each takes about 15 kB of the file
+MAPS: Final = [("pbr", "PBR", "Base colour, normal, roughness and metallic"),
+               ("color", "Colour Only", "Base colour alone: smaller files")]  # fmt: skip
 TEXTURE_SIZES: Final = [(str(n), f"{n} px", f"Maps of {n} x {n} pixels") for n in (512, 1024, 2048, 4096)]
 
 
-def request_properties() -> dict[str, Any]:
-    """The annotations that the form and the operator share, so that both have the same names, limits and tooltips."""
+def identity_properties() -> dict[str, Any]:
+    """Who is made. As annotations, shared by form and operator: both have the same names, limits and tooltips."""
     return {
         "seed": IntProperty(
             name="Seed", description="The same seed and settings give the same person again", min=0, max=MAX_SEED,
@@ -40,20 +44,83 @@ def request_properties() -> dict[str, Any]:
         "truncation_psi": FloatProperty(
             name="Variation", description="How far people may differ from the average: 0 is the average person, "
             "1 the full variety", min=0.0, max=1.5, soft_max=1.0, default=0.7, precision=2),
-        "texture_size": EnumProperty(
-            name="Textures", description="Size of the base colour and normal maps", items=TEXTURE_SIZES,
-            default="1024"),
+        "prompt": StringProperty(
+            name="Words", description="Who it is, in plain English, such as: tall old woman, red shirt, grey hair",
+            maxlen=1000),
+        "family": StringProperty(
+            name="Family", description="The kind of generator that makes the people", default="people", maxlen=32),
+        "mark_asset": BoolProperty(
+            name="Mark as Asset", description="Put new people into the asset browser as well"),
+    }  # fmt: skip
+
+
+def output_properties() -> dict[str, Any]:
+    """How people are delivered."""
+    return {
+        "pose": StringProperty(
+            name="Pose", description="A pose of the library; rest is the pose for rigging", default="rest",
+            search=_poses, maxlen=63),
         "faces": IntProperty(
             name="Faces", description="Triangles of one whole person", min=500, max=2_000_000, soft_max=200_000,
             step=1000, default=30_000),
+        "lods": IntProperty(
+            name="Levels of Detail", description="Each further level has a quarter of the faces and comes hidden",
+            min=1, max=4, default=1),
+        "texture_size": EnumProperty(
+            name="Textures", description="Size of the maps", items=TEXTURE_SIZES, default="1024"),
+        "maps": EnumProperty(
+            name="Maps", description="Which maps the material has", items=MAPS, default="pbr"),
+        "separate": BoolProperty(
+            name="Separate Garments", description="Clothes and hair as objects of their own"),
+        "with_rig": BoolProperty(
+            name="Rig", description="Add an armature with vertex groups when the family has one", default=True),
         "grid_resolution": IntProperty(
             name="Detail", description="Lattice cells along the height when the surface is extracted", min=16, max=512,
             soft_min=64, default=256),
-        "family": StringProperty(
-            name="Family", description="The kind of generator that makes the people", default="people", maxlen=32),
-        "with_rig": BoolProperty(
-            name="Rig", description="Add an armature with vertex groups when the family has one", default=True),
+        "shape_keys": StringProperty(
+            name="Shape Keys", description="Attributes to get shape keys for, with commas between, such as: weight, "
+            "muscle. Each gets one for its lower and one for its upper end", search=_numbers, maxlen=400),
     }  # fmt: skip
+
+
+def request_properties() -> dict[str, Any]:
+    return identity_properties() | output_properties()
+
+
+def output_of(chosen: Any) -> dict[str, Any]:
+    """The fields of a request that a form or an operator stands for."""
+    names = ("pose", "faces", "lods", "maps", "separate", "grid_resolution")
+    keys = [name.strip() for name in chosen.shape_keys.split(",") if name.strip()]
+    return {name: getattr(chosen, name) for name in names} | {
+        "texture_size": int(chosen.texture_size), "shape_keys": keys}  # fmt: skip
+
+
+def take_request(chosen: Any, recipe: dict[str, Any]) -> None:
+    """Set a form to what a recipe says."""
+    for name in request_properties():
+        value = recipe.get(name)
+        if value is not None:
+            text = {"texture_size": str, "shape_keys": ", ".join}.get(name)
+            setattr(chosen, name, text(value) if text else value)
+
+
+def _poses(settings: Any, context: bpy.types.Context, typed: str) -> list[str]:
+    family = _family(settings, context)
+    return [pose for pose in family.poses if typed.lower() in pose] if family is not None else ["rest"]
+
+
+def _numbers(settings: Any, context: bpy.types.Context, typed: str) -> list[str]:
+    """What is typed already, with one more attribute."""
+    family = _family(settings, context)
+    *before, now = (name.strip() for name in typed.split(","))
+    names = [a.name for a in family.numbers] if family is not None else []
+    return [", ".join((*before, name)) for name in names if name.startswith(now) and name not in before]
+
+
+def _family(settings: Any, context: bpy.types.Context) -> Family | None:
+    session = tasks.session()
+    name = getattr(settings, "family", "") or context.scene.populace.family
+    return session.family(name) if session is not None else None
 
 
 class PopulaceSettings(bpy.types.PropertyGroup):

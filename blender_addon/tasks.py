@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The bridge between Blender and asyncio: one persistent timer pumps the session's loop, a few milliseconds at a time.
 
-No threads. `pump` is all that the timer does, and tests call it where timers never fire. Volatile state (connection,
-jobs) lives here in plain Python; it survives undo and loading files, since it holds no reference into Blender's data.
+No threads. `pump` is all that the timer does, and tests call it where timers never fire. What becomes of a result the
+job's tag knows, a `Target`. Modules that want to be called now and then add themselves to `watchers`. Volatile state
+(connection, jobs) lives here in plain Python; it survives undo and loading files, since it holds no reference into
+Blender's data.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import asyncio
 import logging
 import selectors
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import bpy
 from bpy.app.handlers import persistent
 
-from . import compat, preferences
+from . import compat, preferences, scene
 from .messages import BackendError, Request
+from .packet import Human
 from .scene import Batch
 from .session import Job, Link, Session
 
@@ -29,6 +34,44 @@ ACTIVE_INTERVAL_S: Final = 0.1
 IDLE_INTERVAL_S: Final = 0.5
 MODAL_PATIENCE_S: Final = 10.0
 _QUIET_ROUNDS: Final = 3
+
+watchers: list[Callable[[], bool]] = []
+"""Called at every tick, for a millisecond or two; whoever returns True is called again soon."""
+
+
+class Target(Protocol):
+    """What becomes of a result: the tag of a job."""
+
+    @property
+    def label(self) -> str:
+        """For the job's row in the panel."""
+        ...
+
+    @property
+    def operator(self) -> str:
+        """Of populace.*, takes a job_id and calls `apply` as one undo step; "" for what needs no step."""
+        ...
+
+    def apply(self, context: bpy.types.Context, human: Human) -> str:
+        """Returns a remark for the user, or ""."""
+        ...
+
+
+@dataclass(frozen=True)
+class InBatch:
+    """A new person at its place in a batch."""
+
+    batch: Batch
+    index: int
+    label: str
+    mark_asset: bool = False
+    operator: str = "insert_result"
+
+    def apply(self, context: bpy.types.Context, human: Human) -> str:
+        _, remark = scene.insert(context, human, self.batch, self.index)
+        if self.mark_asset and hasattr(bpy.types, "POPULACE_OT_mark_asset"):
+            bpy.ops.populace.mark_asset()  # the new person is selected and active
+        return remark
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
@@ -85,42 +128,71 @@ def working_session() -> Session:
     global _bridge
     if _bridge is None:
         _bridge = _Bridge()
-    if not bpy.app.background and not bpy.app.timers.is_registered(_tick):
-        bpy.app.timers.register(_tick, first_interval=0.0, persistent=True)
+    _keep_ticking()
     return _bridge.session
 
 
+def _keep_ticking() -> None:
+    if not bpy.app.background and not bpy.app.timers.is_registered(_tick):
+        bpy.app.timers.register(_tick, first_interval=0.0, persistent=True)
+
+
 def submit(requests: list[Request], batch: Batch) -> None:
-    working = working_session()
+    """New people, in a row."""
     for index, request in enumerate(requests):
-        working.submit(Job(request, tag=(batch, index)))
+        send(request, InBatch(batch, index, f"Seed {request.seed}"))
 
 
-def pump(budget_s: float = TICK_BUDGET_S) -> None:
-    """One tick: let the loop run for a while, insert at most one person, redraw the panels if rows changed."""
+def send(request: Request, target: Target) -> Job:
+    job = Job(request, tag=target)
+    working_session().submit(job)
+    return job
+
+
+def pump(budget_s: float = TICK_BUDGET_S) -> bool:
+    """One tick: let the loop run for a while, insert at most one person, redraw the panels if rows changed. Returns
+    whether a watcher wants the next tick soon."""
+    is_busy = False
+    for watcher in tuple(watchers):
+        try:
+            is_busy |= watcher()
+        except Exception:
+            log.exception("watcher %s", watcher.__module__)
     if _bridge is None:
-        return
+        return is_busy
     _bridge.run_loop(budget_s)
     arrived = _bridge.session.arrived
+    quiet = next((job for job in arrived if not _step_of(job)), None)
     why = _reason_to_wait() if arrived else ""
     if why != _bridge.hold:
         _bridge.hold = why
         _bridge.session.touch()
-    if arrived and not why:
+    if quiet is not None:
+        _apply_quietly(_bridge.session, quiet)
+    elif arrived and not why:
         _insert(_bridge.session, arrived[0])
     if _bridge.drawn != _bridge.session.revision:
         _bridge.drawn = _bridge.session.revision
-        _redraw()
+        redraw()
+    return is_busy
 
 
-def _tick() -> float | None:
+def is_held() -> bool:
+    """Whether the user is in the middle of something that a change of the scene would break."""
+    return bool(_reason_to_wait())
+
+
+def _tick() -> float:
     """Blender's timer. Never raises, since that would end it."""
+    is_busy = False
     try:
-        pump()
+        is_busy = pump()
     except Exception:
         log.exception("tick")
+    if is_busy:
+        return BUSY_INTERVAL_S
     if _bridge is None:
-        return None
+        return IDLE_INTERVAL_S
     state = _bridge.session
     if state.link in (Link.STARTING, Link.STOPPING) or any(job.is_fetching for job in state.jobs.values()):
         return BUSY_INTERVAL_S
@@ -128,20 +200,36 @@ def _tick() -> float | None:
         return BUSY_INTERVAL_S
     if state.open_jobs and state.link is Link.READY:
         return ACTIVE_INTERVAL_S
-    return IDLE_INTERVAL_S if state.link is Link.READY or state.arrived else None
+    return IDLE_INTERVAL_S
+
+
+def _apply_quietly(working: Session, job: Job) -> None:
+    """Without a step of undo, and then the job is forgotten: nobody asked for it by name."""
+    human, job.taken, job.human = job.human, True, None
+    working.jobs.pop(job.id, None)
+    try:
+        assert human is not None
+        with _window_override():
+            job.tag.apply(bpy.context, human)
+    except Exception:
+        log.exception("result %s", job.id)
+    working.touch()
 
 
 def _insert(working: Session, job: Job) -> None:
     """By operator, so that it is one named undo step."""
     try:
         with _window_override():
-            step = getattr(job.tag, "operator", "insert_result")  # a crowd's people go elsewhere than a batch's
-            getattr(bpy.ops.populace, step)("EXEC_DEFAULT", True, job_id=job.id)
+            getattr(bpy.ops.populace, _step_of(job))("EXEC_DEFAULT", True, job_id=job.id)
     except Exception as error:  # a failing operator raises RuntimeError with its report
         log.warning("insert %s: %s", job.id, error)
         job.fail(BackendError("insert_failed", "The person could not be put into the scene.", _last_words(error)))
     job.taken, job.human = True, None
     working.touch()
+
+
+def _step_of(job: Job) -> str:
+    return getattr(job.tag, "operator", "insert_result")
 
 
 def _last_words(error: Exception) -> str:
@@ -152,7 +240,6 @@ def _last_words(error: Exception) -> str:
 
 def _reason_to_wait() -> str:
     """Inserting in the middle of something would break it, or break undo."""
-    assert _bridge is not None
     if bpy.app.background:
         return ""
     windows = bpy.context.window_manager.windows
@@ -163,8 +250,9 @@ def _reason_to_wait() -> str:
     if bpy.app.is_job_running("RENDER"):
         return "Inserted after the render"
     busy = next(filter(None, map(compat.modal_operator, windows)), "")
-    if not busy:
-        _bridge.modal_since = 0.0
+    if not busy or _bridge is None:
+        if _bridge is not None:
+            _bridge.modal_since = 0.0
         return ""
     _bridge.modal_since = _bridge.modal_since or time.monotonic()  # some add-ons run a modal operator for ever
     return f"Inserted after {busy}" if time.monotonic() - _bridge.modal_since < MODAL_PATIENCE_S else ""
@@ -176,7 +264,8 @@ def _window_override() -> Any:
     return bpy.context.temp_override(window=windows[0]) if len(windows) else bpy.context.temp_override()
 
 
-def _redraw() -> None:
+def redraw() -> None:
+    """The panels of all windows."""
     for window in bpy.context.window_manager.windows:
         for area in window.screen.areas:
             if area.type == "VIEW_3D":
@@ -194,11 +283,12 @@ def _file_loaded(*_: Any) -> None:
         if job.is_open or (job.human is not None and not job.taken):
             job.note = "Goes into the newly opened file"
     _bridge.session.touch()
-    working_session()  # loading a file must never leave us without the timer
+    _keep_ticking()  # loading a file must never leave us without the timer
 
 
 def register() -> None:
     bpy.app.handlers.load_post.append(_file_loaded)
+    _keep_ticking()
 
 
 def unregister() -> None:
