@@ -15,8 +15,19 @@ from types import ModuleType
 
 def _modules() -> tuple[ModuleType, ...]:
     """In the order of registration; each has a register() and an unregister()."""
-    from . import assets, chores, command_line, crowd_form, crowd_operators, crowd_panel
-    from . import operators, panel, preferences, properties, tasks
+    from . import (
+        assets,
+        chores,
+        command_line,
+        crowd_form,
+        crowd_operators,
+        crowd_panel,
+        operators,
+        panel,
+        preferences,
+        properties,
+        tasks,
+    )
 
     setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
              if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip

@@ -57,6 +57,9 @@ class Layout:
         self._icon(icon)
         return SimpleNamespace(**{p.identifier: None for p in rna.properties})
 
+    def operator_menu_enum(self, idname: str, prop: str, text: str | None = None, icon: str = "NONE") -> Any:
+        self.operator(idname, text, icon)
+
     def _icon(self, icon: str) -> None:
         assert icon in self._known_icons, icon
         self.icons.append(icon)

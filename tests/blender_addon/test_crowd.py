@@ -339,3 +339,38 @@ def test_a_failure_while_making_leaves_nothing(layout: SimpleNamespace, monkeypa
     with pytest.raises(RuntimeError, match="no room"):
         make(layout)
     assert counts(layout.bpy) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
+
+
+def drawn(layout: SimpleNamespace, panel: str) -> Any:
+    from tests.blender_addon.recorder import Layout
+
+    found = Layout(layout.bpy)
+    module = importlib.import_module(f"{PACKAGE}.crowd_panel")
+    getattr(module, panel).draw.__wrapped__(SimpleNamespace(layout=found), layout.bpy.context)
+    return found
+
+
+def test_the_panels_draw_what_is_there(layout: SimpleNamespace) -> None:
+    bpy = layout.bpy
+    form = bpy.context.scene.populace_crowd
+    for where, prop in (("SURFACE", "surface"), ("CURVE", "curve"), ("GRID", "gap"), ("MARKERS", "facing")):
+        form.where = where
+        found = drawn(layout, "POPULACE_PT_crowd")
+        assert prop in found.props
+        assert found.buttons == ["populace.add_share", "populace.make_crowd"]
+    form.where, form.facing = "GRID", "TOWARDS"
+    assert bpy.ops.populace.add_share(attribute="pose") == {"FINISHED"}
+    assert bpy.ops.populace.add_share(attribute="words") == {"FINISHED"}
+    assert [(row.attribute, row.percent) for row in form.mix] == [("pose", 50), ("pose", 50), ("words", 100)]
+    assert bpy.ops.populace.remove_share(index=0) == {"FINISHED"}
+    found = drawn(layout, "POPULACE_PT_crowd")
+    assert {"target", "choice", "percent"} <= set(found.props)
+    assert {"Mix (2)", "Pose", "Words, all"} <= set(found.texts)
+    make(layout)
+    found = drawn(layout, "POPULACE_PT_crowd")
+    assert "4 people in 12 places" in found.texts
+    assert {"populace.update_crowd", "populace.reseed_placement", "populace.remove_crowd"} <= set(found.buttons)
+    assert {"populace.mark_asset", "populace.save_assets"} <= set(drawn(layout, "POPULACE_PT_assets").buttons)
