@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backend import options
+from backend.batch.farm import TEMPLATES, template
 from backend.protocol import PopulaceError
 from backend.settings import Settings
 
@@ -65,6 +66,15 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge", action="store_true", help="make nobody: write the manifest of what is there")
     parser.add_argument("--dry-run", action="store_true", help="make nobody: check plan and disk, say what would be")
     parser.add_argument("--json", action="store_true", help="print the log's lines on stdout")
+
+
+def add_farm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("farm", choices=tuple(TEMPLATES), help="openjd: Deadline Cloud and others, a job template; "
+                        "flamenco: a job type; opencue: a script that sends the job")  # fmt: skip
+
+
+def run_farm(args: argparse.Namespace) -> None:
+    print(template(args.farm), end="")
 
 
 def run_plan(args: argparse.Namespace) -> None:
