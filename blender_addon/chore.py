@@ -2,7 +2,7 @@
 """A long job in a process of its own (setting up, downloading) that reports JSON lines. No bpy, no threads.
 
 The process writes into a file that `poll` reads on: nothing ever blocks. Its stdin is a leash: it ends by itself when
-we write "cancel" or are gone. One that does not is ended with its whole process group.
+we close it or are gone. One that does not is ended with its whole process group.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ class Chore:
     # ---------------------------------------------------------------------------------------------------- the process
 
     def _cut_leash(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(b"cancel\n")
-            self._process.stdin.close()
+        leash = self._process.stdin
+        if leash is not None and not leash.closed:
+            with contextlib.suppress(OSError):
+                leash.close()
 
     def _exit_code(self) -> int | None:
         """None while it runs. Children that it left behind are ended before its number can be anybody else's."""
