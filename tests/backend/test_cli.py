@@ -82,6 +82,15 @@ def test_levels_of_detail_and_pose(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [Path(path).name for path in line["paths"]] == ["person_000000.glb", "person_000000_LOD1.glb"]
 
 
+def test_maps_and_shape_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(["generate", "--out", str(tmp_path), "--maps=color", "--shape-keys", "weight, height_m"], capsys)
+    data = (tmp_path / "person_000000.glb").read_bytes()
+    assert b'"targetNames":["weight_min","weight_max","height_m_min","height_m_max"]' in data
+    assert data.count(b"image/png") == 1
+    assert cli.main(["generate", "--out", str(tmp_path), "--shape-keys=pattern", *SMALL]) == 2
+    assert "has no shape keys of 'pattern'" in capsys.readouterr().err
+
+
 def test_whole_requests_and_what_overrules_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 import trimesh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from backend import exports, packet, poses
 from backend.protocol import PopulaceError
@@ -101,6 +102,49 @@ def test_tangents_follow_u_and_name_the_side_of_v() -> None:
 def glb_json(data: bytes) -> dict:
     (size,) = struct.unpack_from("<I", data, 12)
     return json.loads(data[20 : 20 + size])
+
+
+def glb_floats(data: bytes, accessor: int) -> np.ndarray:
+    document = glb_json(data)
+    entry = document["accessors"][accessor]
+    start = data.index(b"BIN\0") + 4 + document["bufferViews"][entry["bufferView"]]["byteOffset"]
+    return np.frombuffer(data, "<f4", entry["count"] * 3, start).reshape(-1, 3)
+
+
+def test_glb_has_shape_keys_as_named_morph_targets() -> None:
+    asset = golden.asset()
+    data = packet.to_glb(asset)
+    for part, mesh in zip(asset.parts, glb_json(data)["meshes"], strict=True):
+        assert mesh["extras"]["targetNames"] == ["height_m_min", "height_m_max"]
+        assert mesh["weights"] == [0, 0]
+        (primitive,) = mesh["primitives"]
+        vertex = packet.corners(part)[0]
+        assert np.array_equal(glb_floats(data, primitive["attributes"]["POSITION"]), part.vertices[vertex])
+        for target, moves in zip(primitive["targets"], part.shape_keys, strict=True):
+            assert np.array_equal(glb_floats(data, target["POSITION"]), moves[vertex])
+    bare = replace(asset, parts=tuple(replace(part, shape_keys=None) for part in asset.parts), meta={
+        key: value for key, value in asset.meta.items() if key != "shape_keys"})  # fmt: skip
+    for mesh in glb_json(packet.to_glb(bare))["meshes"]:
+        assert mesh.keys() == {"name", "primitives"}
+        assert "targets" not in mesh["primitives"][0]
+
+
+def test_glb_materials_name_the_maps_that_there_are() -> None:
+    asset = golden.posed_asset()
+    data = packet.to_glb(asset)
+    document = glb_json(data)
+    pbr = document["materials"][0]["pbrMetallicRoughness"]
+    assert (pbr["metallicFactor"], pbr["roughnessFactor"]) == (1, 1)
+    image = document["images"][document["textures"][pbr["metallicRoughnessTexture"]["index"]]["source"]]
+    view = document["bufferViews"][image["bufferView"]]
+    start = data.index(b"BIN\0") + 4 + view["byteOffset"]
+    assert data[start : start + view["byteLength"]] == asset.parts[0].orm_png
+    coarse = glb_json(packet.to_glb(asset, lod=1))  # has a colour map alone
+    (material,), (mesh,) = coarse["materials"], coarse["meshes"]
+    assert material.keys() == {"name", "pbrMetallicRoughness"}
+    assert material["pbrMetallicRoughness"]["metallicFactor"] == 0
+    assert len(coarse["images"]) == 1
+    assert "TANGENT" not in mesh["primitives"][0]["attributes"]
 
 
 def test_glb_skin_binds_at_the_joints() -> None:
@@ -235,8 +279,11 @@ def test_obj_keeps_shape_and_names_its_textures(tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count("\nf ") == 8
     assert "f 5/7/5 7/9/7 6/8/6" in text  # the second part counts on from the first
+    pixels = {}
     for line in (tmp_path / "out/human.mtl").read_text().splitlines():
-        if line.startswith(("map_Kd", "norm")):
-            assert (tmp_path / "out" / line.split()[1]).read_bytes().startswith(b"\x89PNG")
+        if line.startswith(("map_", "norm")):
+            with Image.open(tmp_path / "out" / line.split()[1]) as image:
+                pixels[line.split()[0]] = image.getpixel((0, 0))
+    assert pixels == {"map_Kd": (200, 150, 120), "norm": (128, 128, 255), "map_Pr": 128, "map_Pm": 0}
     mesh = trimesh.load(path, force="mesh", process=True)
     assert len(mesh.faces) == 8

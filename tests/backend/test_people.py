@@ -278,3 +278,18 @@ def test_separate_objects_are_closed_and_make_up_the_person(model: PeopleModel) 
         facts = mesh_facts(mesh.faces.numpy(), len(mesh.vertices))
         assert facts["closed"], field.name
         assert len(mesh.faces) > 200, field.name
+
+
+@torch.no_grad()
+def test_eyes_shine_more_than_skin_and_skin_more_than_cloth(model: PeopleModel) -> None:
+    """Roughness on the surface, part by part, from the same field that colours it; nothing is of metal."""
+    (field,) = model.decode(dressed(model, "top", "shoes"))
+    mesh = extract_surface(field, 160)
+    roughness, metallic = field.material(mesh.points).unbind(1)
+    label = field.label(mesh.points)
+    assert ((roughness >= 0) & (roughness <= 1)).all()
+    assert not metallic.any()
+    body, top = (roughness[label == field.person.parts.index(part)] for part in ("body", "top"))
+    assert body.min() < 0.25 < 0.35 < body.median() < 0.65 < top.median()
+    wet = mesh.vertices[(label == 0) & (roughness < 0.2)]
+    assert (wet[:, 1] > 0.85 * mesh.vertices[:, 1].amax()).all()  # nowhere but in the face

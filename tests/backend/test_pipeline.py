@@ -58,7 +58,8 @@ def test_person_stands_on_the_floor_closed_and_within_budget(person: packet.Huma
 def test_packet_is_complete_and_reads_back(person: packet.HumanAsset) -> None:
     read = packet.loads(packet.dumps(person))
     (part,) = read.parts
-    for png in (part.base_color_png, part.normal_png):
+    for png in (part.base_color_png, part.normal_png, part.orm_png):
+        assert png is not None
         assert Image.open(io.BytesIO(png)).size == (512, 512)
     assert part.uvs.min() >= 0
     assert part.uvs.max() <= 1
@@ -68,6 +69,13 @@ def test_packet_is_complete_and_reads_back(person: packet.HumanAsset) -> None:
     assert np.allclose(part.skin_weights.sum(1), 1, atol=1e-5)
     asked = REQUEST.model_dump(mode="json", exclude={"latents", "prompt", "edits"})
     assert read.meta["recipe"] == {**asked, "weights_sha256": None, "version": read.meta["recipe"]["version"]}
+
+
+def test_colour_alone_leaves_the_other_maps_out(person: packet.HumanAsset) -> None:
+    plain, _ = pipeline.generate(changed(maps="color"), MODEL)
+    assert plain.parts[0].normal_png is plain.parts[0].orm_png is None
+    assert plain.parts[0].base_color_png == person.parts[0].base_color_png
+    assert len(packet.dumps(plain)) < len(packet.dumps(person))
 
 
 def test_progress_never_falls_and_names_every_stage() -> None:

@@ -87,6 +87,9 @@ MIX = {"op": "mix", "other": {"seed": 1}, "amount": 0.5}
         ({"latents": {"a": [[0.0] * 4097]}}, "latents.a.0: .* at most 4096"),
         ({"latents": {f"a{i}": [[0.0]] for i in range(65)}}, "latents: .* at most 64"),
         ({"lods": 5}, "lods: .* less than or equal to 4"),
+        ({"maps": "all"}, "maps: .* 'pbr' or 'color'"),
+        ({"shape_keys": ["weight", "weight"]}, "shape_keys: a name appears twice"),
+        ({"shape_keys": [f"a{i}" for i in range(17)]}, "shape_keys: .* at most 16"),
         ({"pose": "../etc"}, "pose: .* pattern"),
     ],
 )
