@@ -87,7 +87,7 @@ def _write_usd(bpy: Any, path: Path, up: str, root: Any) -> None:
 
 
 def _write_fbx(bpy: Any, path: Path, up: str, root: Any) -> None:
-    exporter = importlib.import_module("io_scene_fbx.export_fbx_bin")
+    exporter: Any = importlib.import_module("io_scene_fbx.export_fbx_bin")
     # Time of day and folder would make every file another one.
     exporter.fbx_header_elements = partial(exporter.fbx_header_elements, time=datetime(1970, 1, 1))
     exporter._gen_vid_path = lambda image, _: (f"{image.name}.png", f"{image.name}.png")

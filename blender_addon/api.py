@@ -75,9 +75,9 @@ class Api:
     async def shutdown(self) -> None:
         await self._json("POST", "/v1/shutdown", {})
 
-    async def result(self, job_id: str) -> bytearray:
-        """The packet of a job that is done."""
-        path = f"/v1/jobs/{job_id}/result?format=safetensors"
+    async def result(self, job_id: str, form: str = "safetensors") -> bytearray:
+        """What a job that is done made: the packet, or a file of another format that the backend can send ("glb")."""
+        path = f"/v1/jobs/{job_id}/result?format={form}"
         async with _translated(), self._call("GET", path) as reply:
             return await reply.body(MAX_RESULT_BYTES)
 

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, TypedDict, TypeGuard
 
 PROTOCOL_VERSION: Final = 1
 CLIENT_PREFIX: Final = "blender"
@@ -67,6 +67,26 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of `Request` as keyword arguments, for type checkers; tests/contract keep the two alike."""
+
+    seed: int
+    family: str
+    truncation_psi: float
+    latents: Mapping[str, list[list[float]]] | None
+    parameters: Mapping[str, Any]
+    prompt: str | None
+    edits: list[Mapping[str, Any]]
+    pose: str
+    separate: bool
+    grid_resolution: int
+    faces: int
+    lods: int
+    texture_size: int
+    maps: str
+    shape_keys: list[str]
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,12 @@ class Session:
                 raise self.error
             await self._news.wait()
 
+    async def export(self, job_id: str, form: str) -> bytes:
+        """The result of a job that is done as a file of another format. Raises `BackendError`."""
+        if self._api is None:
+            raise Unreachable("it has gone")
+        return bytes(await self._api.result(job_id, form))
+
     async def close(self) -> None:
         """Let go of the backend; it ends itself if nobody else holds it. Nothing of ours is left on the loop."""
         tasks = [task for task in (self._life, *self._tasks) if task is not None]

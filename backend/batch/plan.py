@@ -164,8 +164,8 @@ def _items(text: bytes, number: int, formats: Sequence[Format], preset: PresetNa
 
 @dataclass(frozen=True)
 class Spread:
-    """How an attribute (or the pose) is spread over the people of a plan: `weights` of `values` in per cent, or evenly
-    between `low` and `high`."""
+    """How an attribute, the pose or words are spread over the people of a plan: shares of `values`, or evenly between
+    `low` and `high`."""
 
     name: str
     values: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ class Spread:
 
     @classmethod
     def parse(cls, text: str) -> Spread:
-        """From `age=20..60` or `sex=female:60,male:40`. Raises ValueError."""
+        """From `age_years=25..70`, `pose=walking:30,sitting:70` or `words=woman:60,man:40`. Raises ValueError."""
         name, found, rest = text.partition("=")
         if not (name and found and rest):
             raise ValueError("must look like NAME=LOW..HIGH or NAME=VALUE:PERCENT,VALUE:PERCENT")
@@ -189,8 +189,8 @@ class Spread:
         return cls(name, tuple(value for value, _, _ in pairs), weights)
 
     def draw(self, count: int, seed: int) -> list[Any]:
-        """A value per person: exact shares, or as even as it gets, in an order that depends on the seed alone."""
-        digest = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
+        """A value per person: exact shares, or as even as it gets, in an order that depends on seed and spread."""
+        digest = hashlib.sha256(f"{seed}/{self}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         if not self.values:
             steps = (rng.permutation(count) + rng.random(count)) / count
@@ -205,19 +205,24 @@ def write(request: GenerateRequest, count: int, spreads: Sequence[Spread], forma
           preset: PresetName) -> Iterator[str]:  # fmt: skip
     """The lines of a plan of `count` people with seeds from the request's on. Raises `invalid_request`."""
     known = {attribute.name: attribute for attribute in families.info(request.family).attributes}
-    drawn: dict[str, list[Any]] = {}
-    for spread in spreads:
-        values = spread.draw(count, request.seed)
-        drawn[spread.name] = [value if spread.name == "pose" else _value(spread.name, known, value) for value in values]
+    drawn = [(spread.name, spread.draw(count, request.seed)) for spread in spreads]
     extra = {**({"formats": list(formats)} if formats else {}), **({"preset": preset} if preset != "none" else {})}
     base = request.model_dump(mode="json", exclude_defaults=True)
     for i in range(count):
-        values = {name: column[i] for name, column in drawn.items() if name != "pose"}
         line = {"id": f"person_{request.seed + i:06d}", **base, "seed": request.seed + i, **extra}
-        if "pose" in drawn:
-            line["pose"] = drawn["pose"][i]
+        values: dict[str, Any] = {}
+        edits: list[Any] = [*base.get("edits", ())]
+        for name, column in drawn:
+            if name == "pose":
+                line["pose"] = column[i]
+            elif name == "words":
+                edits.append({"op": "words", "text": column[i]})
+            else:
+                values[name] = _value(name, known, column[i])
         if values:
-            line["edits"] = [*base.get("edits", ()), {"op": "set", "values": values}]
+            edits.append({"op": "set", "values": values})
+        if edits:
+            line["edits"] = edits
         text = json.dumps(line)
         list(_items(text.encode(), i + 1, (), "none"))  # raises what reading it would
         yield text
@@ -229,7 +234,7 @@ def _value(name: str, known: dict[str, Attribute], value: Any) -> Any:
 
     if name not in known:
         raise PopulaceError("invalid_request", f"There is no attribute {name!r} to spread.",
-                            f"There are: pose, {', '.join(known)}.")  # fmt: skip
+                            f"There are: pose, words, {', '.join(known)}.")  # fmt: skip
     if known[name].kind == "color":
         rgb = words.color(str(value).lower())
         if rgb is None:

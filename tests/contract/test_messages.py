@@ -26,6 +26,11 @@ def test_the_addons_defaults_are_the_backends() -> None:
     assert said == protocol.GenerateRequest().model_dump(include=set(said))
 
 
+def test_keyword_arguments_are_the_fields() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(messages.Request)}
+    assert fields == {name: hint.__forward_arg__ for name, hint in messages.RequestFields.__annotations__.items()}
+
+
 def test_every_field_of_a_request_arrives() -> None:
     asset = golden.asset()
     latents = {name: codes.tolist() for name, codes in asset.latents.items()}
