@@ -17,22 +17,31 @@ def _modules() -> tuple[ModuleType, ...]:
     """In the order of registration; each has a register() and an unregister()."""
     from . import (
         assets,
+        attributes,
         chores,
         command_line,
         crowd_form,
         crowd_operators,
         crowd_panel,
+        edit_operators,
+        editing,
+        history,
+        human_panel,
         operators,
         panel,
         preferences,
         properties,
+        replacing,
         tasks,
+        thumbnails,
+        translations,
     )
 
     setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
              if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip
-    return (preferences, properties, operators, crowd_form, crowd_operators, assets, chores, *setup, panel, crowd_panel,
-            tasks, command_line)  # fmt: skip
+    artist = replacing, thumbnails, editing, attributes, history, edit_operators
+    return (preferences, properties, operators, *artist, crowd_form, crowd_operators, assets, chores, *setup, panel,
+            human_panel, crowd_panel, tasks, command_line, translations)  # fmt: skip
 
 
 def register() -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import bpy
+from bpy.app.translations import pgettext_iface as iface
 
-from . import compat, preferences, tasks
+from . import attributes, compat, preferences, tasks
 from .messages import BackendError
 from .properties import active_human
 from .session import Job, Link, Session
@@ -43,50 +44,46 @@ class _Panel:
 
 
 class POPULACE_PT_main(_Panel, bpy.types.Panel):
+    """Status, and the create form; folded up while a person is active."""
+
     bl_idname = "POPULACE_PT_main"
     bl_label = "Populace"
+    bl_order = 0
 
     @_safe
     def draw(self, context: bpy.types.Context) -> None:
-        state = tasks.session()
-        _draw_status(self.layout, context, state)
-        _draw_form(self.layout, context)
-        if state is not None and state.jobs:
-            _draw_jobs(self.layout, context, state)
+        _draw_status(self.layout, context, tasks.session())
+        if active_human(context) is None:
+            _draw_form(self.layout, context)
+            return
+        header, body = self.layout.panel("POPULACE_create", default_closed=True)
+        header.label(text="New Human", icon="ADD")
+        if body is not None:
+            _draw_form(body, context)
 
 
-class POPULACE_PT_human(_Panel, bpy.types.Panel):
-    """The person that the active object belongs to."""
+class POPULACE_PT_jobs(_Panel, bpy.types.Panel):
+    """What is being made, and what became of it."""
 
-    bl_idname = "POPULACE_PT_human"
-    bl_label = "Active Human"
+    bl_idname = "POPULACE_PT_jobs"
+    bl_label = "Jobs"
+    bl_order = 9
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
-        return active_human(context) is not None
+        return bool(tasks.listed_jobs())
 
     @_safe
     def draw(self, context: bpy.types.Context) -> None:
-        human = active_human(context)
-        if human is None:
-            return
-        about = human.populace
-        column = self.layout.column(align=True)
-        for name, value in (
-            ("Seed", about.seed), ("Height", f"{about.height_m:.2f} m"), ("Family", about.family.title()),
-            ("Weights", about.weights_sha256[:12] or "None"), ("Generator", about.backend_version),
-        ):  # fmt: skip
-            row = column.split(factor=0.4)
-            row.alignment = "RIGHT"
-            row.label(text=name)
-            row.alignment = "LEFT"
-            row.label(text=value)
-        if human.type == "ARMATURE":  # hidden in the body at first: most people look better without lines on them
-            self.layout.prop(human, "show_in_front", text="Show Bones", icon="BONE_DATA", toggle=True)
-        row = self.layout.row(align=True)
-        row.operator("populace.use_recipe", icon="LOOP_BACK")
-        row.operator("populace.make_again", icon="DUPLICATE")
-        row.operator("populace.copy_recipe", text="", icon="COPYDOWN")
+        _draw_jobs(self.layout, context, tasks.listed_jobs())
+
+
+def split(layout: Any) -> Any:
+    """A column with names on the left and values on the right."""
+    column = layout.column()
+    column.use_property_split = True
+    column.use_property_decorate = False
+    return column
 
 
 # ------------------------------------------------------------------------------------------------------- status row
@@ -143,11 +140,11 @@ def _status(state: Session | None) -> tuple[str, str]:
     if state.trouble is not None:
         return _RED, "Generator keeps failing"
     worker = state.health.worker if state.health is not None else ""
-    left = sum(not job.status.ended for job in state.jobs.values())
+    left = sum(not job.status.ended for job in tasks.listed_jobs())
     if worker == "starting":
         return _YELLOW, "Loading the model"
     if left:
-        return _GREEN, "Making 1 person" if left == 1 else f"Making {left} people"
+        return _GREEN, iface("Making 1 person") if left == 1 else iface("Making {n} people").format(n=left)
     device = state.health.device if state.health is not None else ""
     return _GREEN, f"Ready on {device.upper() if len(device) < 5 else device}" if device else "Ready"
 
@@ -171,53 +168,85 @@ def _wrapped(context: bpy.types.Context, text: str) -> list[str]:
 
 def _draw_form(layout: Any, context: bpy.types.Context) -> None:
     form = context.scene.populace
-    column = layout.column()
-    column.use_property_split = True
-    column.use_property_decorate = False
+    column = split(layout)
     row = column.row(align=True)
     seed = row.row(align=True)
     seed.active = not form.randomise_seed
     seed.prop(form, "seed")
     row.operator("populace.new_seed", text="", icon="FILE_REFRESH")
     row.prop(form, "randomise_seed", text="", icon="UNLOCKED" if form.randomise_seed else "LOCKED")
-    column.prop(form, "count")
+    column.prop(form, "prompt", placeholder="tall old woman, red shirt")
     column.prop(form, "truncation_psi", slider=True)
-    column.separator()
-    column.prop(form, "texture_size")
-    column.prop(form, "faces")
-    header, body = layout.panel("POPULACE_advanced", default_closed=True)
-    header.label(text="Advanced")
+    column.prop(form, "count")
+    _draw_wishes(layout, context, form.family)
+    header, body = layout.panel("POPULACE_output", default_closed=True)
+    header.label(text="Output")
     if body is not None:
-        body.use_property_split = True
-        body.use_property_decorate = False
-        body.prop(form, "with_rig")
-        body.prop(form, "grid_resolution")
-        body.prop(form, "family")
+        draw_output(body, context)
+        column = split(body)
+        column.prop(form, "family")
+        column.prop(form, "mark_asset")
     row = layout.row()
     row.scale_y = 1.6
-    text = "Generate" if form.count == 1 else f"Generate {form.count} People"
-    row.operator("populace.generate", text=text, icon="COMMUNITY" if form.count > 1 else "USER")
+    text = iface("Generate") if form.count == 1 else iface("Generate {n} People").format(n=form.count)
+    row.operator("populace.generate", text=text, icon="COMMUNITY" if form.count > 1 else "USER", translate=False)
+
+
+def _draw_wishes(layout: Any, context: bpy.types.Context, family: str) -> None:
+    """Attributes to ask for: what is ticked counts, the seed decides the rest."""
+    header, body = layout.panel("POPULACE_wishes", default_closed=True)
+    wishes = attributes.wishes(context, family)
+    asked = len(attributes.wished(context, family))
+    header.label(text=f"{iface('Attributes')} ({asked})" if asked else iface("Attributes"), translate=False)
+    if body is None:
+        return
+    if wishes is None:
+        body.label(text="Start the generator to see them", icon="INFO")
+        return
+    column = body.column(align=True)
+    for attribute in attributes.attributes_of(family):
+        use = attributes.USE + attribute.name
+        row = column.split(factor=0.45)
+        row.prop(wishes, use, text=attribute.title)
+        value = row.row()
+        value.enabled = getattr(wishes, use)
+        value.prop(wishes, attribute.name, text=attribute.unit, slider=attribute.kind == "number")
+
+
+def draw_output(layout: Any, context: bpy.types.Context) -> None:
+    """How people are delivered; also for the active human."""
+    form = context.scene.populace
+    column = split(layout)
+    column.prop(form, "pose")
+    column.prop(form, "with_rig")
+    column.separator()
+    column.prop(form, "faces")
+    column.prop(form, "lods")
+    column.prop(form, "grid_resolution")
+    column.separator()
+    column.prop(form, "texture_size")
+    column.prop(form, "maps")
+    column.prop(form, "separate")
+    column.prop(form, "shape_keys", placeholder="weight, muscle")
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
 
 
-def _draw_jobs(layout: Any, context: bpy.types.Context, state: Session) -> None:
-    jobs = sorted(state.jobs.values(), key=lambda job: job.status.ended)  # a stable sort: open ones first
-    box = layout.box()
-    row = box.row()
-    row.label(text="People", icon="COMMUNITY")
-    if any(not job.status.ended for job in jobs):
-        row.operator("populace.cancel_all", text="", icon="X", emboss=False)
-    row.operator("populace.clear_jobs", text="", icon="TRASH", emboss=False)
+def _draw_jobs(layout: Any, context: bpy.types.Context, jobs: list[Job]) -> None:
+    jobs = sorted(jobs, key=lambda job: job.status.ended)  # a stable sort: open ones first
     for job in jobs[:MAX_ROWS]:
-        _draw_job(box.column(align=True), context, job)
+        _draw_job(layout.column(align=True), context, job)
     if len(jobs) > MAX_ROWS:
-        box.label(text=f"and {len(jobs) - MAX_ROWS} more")
+        layout.label(text=iface("and {n} more").format(n=len(jobs) - MAX_ROWS), translate=False)
+    row = layout.row(align=True)
+    if any(not job.status.ended for job in jobs):
+        row.operator("populace.cancel_all", icon="X")
+    row.operator("populace.clear_jobs", icon="TRASH")
 
 
 def _draw_job(layout: Any, context: bpy.types.Context, job: Job) -> None:
-    status, name = job.status, f"Seed {job.request.seed}"
+    status, name = job.status, _name(job)
     row = layout.row(align=True)
     if not status.ended:
         row.progress(factor=status.fraction, text=_progress_text(job))
@@ -237,15 +266,20 @@ def _draw_job(layout: Any, context: bpy.types.Context, job: Job) -> None:
         layout.label(text=job.note, icon="INFO")
 
 
+def _name(job: Job) -> str:
+    return getattr(job.tag, "label", "") or f"Seed {job.request.seed}"
+
+
 def _progress_text(job: Job) -> str:
-    """Seed, stage, percent and time left, as far as they are known."""
+    """Name, stage, percent and time left, as far as they are known."""
     status = job.status
     if status.state == "queued":
-        return f"Seed {job.request.seed}, waiting"
+        return f"{_name(job)}, {iface('waiting')}"
     if status.state == "cancelling":
-        return f"Seed {job.request.seed}, cancelling"
+        return f"{_name(job)}, {iface('cancelling')}"
     left = _duration(status.eta_s)
-    return f"{status.stage.capitalize() or 'Starting'} {status.fraction:.0%}{left and f', {left} left'}"
+    done = f"{iface(status.stage.capitalize() or 'Starting')} {status.fraction:.0%}"
+    return f"{done}, {iface('{time} left').format(time=left)}" if left else done
 
 
 def _duration(value_s: float | None) -> str:
@@ -255,10 +289,10 @@ def _duration(value_s: float | None) -> str:
 
 
 def register() -> None:
-    for cls in (POPULACE_PT_main, POPULACE_PT_human):
+    for cls in (POPULACE_PT_main, POPULACE_PT_jobs):
         bpy.utils.register_class(cls)
 
 
 def unregister() -> None:
-    for cls in (POPULACE_PT_human, POPULACE_PT_main):
+    for cls in (POPULACE_PT_jobs, POPULACE_PT_main):
         bpy.utils.unregister_class(cls)

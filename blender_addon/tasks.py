@@ -118,6 +118,11 @@ def session() -> Session | None:
     return _bridge.session if _bridge is not None else None
 
 
+def listed_jobs() -> list[Job]:
+    """The jobs that somebody asked for by name; not previews and the like."""
+    return [job for job in _bridge.session.jobs.values() if _step_of(job)] if _bridge is not None else []
+
+
 def hold() -> str:
     """Why finished people are not inserted yet, "" if nothing waits."""
     return _bridge.hold if _bridge is not None else ""

@@ -55,7 +55,8 @@ def bpy(enabled: Any) -> Iterator[Any]:
 @pytest.fixture
 def addon(bpy: Any) -> SimpleNamespace:
     """The add-on's modules as Blender loaded them: `addon.scene`, `addon.tasks`, ..."""
-    names = ("api", "attributes", "client", "compat", "edit_operators", "editing", "history", "messages", "operators",
+    names = ("api", "attributes", "client", "compat", "edit_operators", "editing", "history", "human_panel",
+             "messages", "operators",
              "packet", "panel", "posing", "preferences", "process", "properties", "recipes", "replacing", "scene",
              "session", "snippets", "tasks", "thumbnails")  # fmt: skip
     modules: dict[str, ModuleType] = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in names}

@@ -27,14 +27,14 @@ class Layout:
     def _inner(self, **_: Any) -> Layout:
         return Layout(self._bpy, self._root)
 
-    row = column = box = split = _inner
+    row = column = box = split = grid_flow = _inner
 
     def panel(self, idname: str, default_closed: bool = False) -> tuple[Layout, Layout]:
         return self._inner(), self._inner()
 
     def separator(self) -> None: ...
 
-    def label(self, text: str = "", icon: str = "NONE") -> None:
+    def label(self, text: str = "", icon: str = "NONE", translate: bool = True) -> None:
         assert isinstance(text, str)
         self.texts.append(text)
         self._icon(icon)
@@ -48,7 +48,14 @@ class Layout:
         self.props.append(name)
         self._icon(icon)
 
-    def operator(self, idname: str, text: str | None = None, icon: str = "NONE", emboss: bool = True) -> Any:
+    def template_icon(self, icon_value: int, scale: float = 1.0) -> None:
+        assert icon_value > 0
+
+    def operator_menu_enum(self, idname: str, name: str, text: str | None = None, icon: str = "NONE") -> None:
+        assert hasattr(self.operator(idname, text, icon), name)
+
+    def operator(self, idname: str, text: str | None = None, icon: str = "NONE", emboss: bool = True,
+                 depress: bool = False, translate: bool = True) -> Any:  # fmt: skip
         module, name = idname.split(".")
         rna = getattr(getattr(self._bpy.ops, module), name).get_rna_type()  # raises for an unknown operator
         self.buttons.append(idname)

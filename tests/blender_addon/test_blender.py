@@ -21,6 +21,10 @@ from tests.blender_addon.recorder import Layout
 from tests.blender_addon.test_client import script
 from tests.blender_addon.test_scene import counts
 
+JOBS = "POPULACE_PT_jobs"
+HUMAN = ("POPULACE_PT_human", "POPULACE_PT_attributes", "POPULACE_PT_parts", "POPULACE_PT_variants", "POPULACE_PT_mix",
+         "POPULACE_PT_output", "POPULACE_PT_details", "POPULACE_PT_history")  # fmt: skip
+
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for the backend")
 
 
@@ -69,7 +73,7 @@ def people(bpy: Any) -> list[Any]:
 
 def draw(addon: SimpleNamespace, panel: str = "POPULACE_PT_main") -> Layout:
     layout = Layout(addon.bpy)
-    cls = getattr(addon.panel, panel)
+    cls = getattr(addon.panel, panel, None) or getattr(addon.human_panel, panel)
     cls.draw.__wrapped__(SimpleNamespace(layout=layout), addon.bpy.context)
     return layout
 
@@ -282,16 +286,22 @@ def test_panel_in_every_state(faked: SimpleNamespace) -> None:
     jobs = submit(faked, 12)
     assert "Making 12 people" in draw(faked).texts
     seen.clear()
-    pump_until(faked, lambda: seen.update(draw(faked).texts) or all(job.taken for job in jobs))
+    pump_until(faked, lambda: seen.update(draw(faked, JOBS).texts) or all(job.taken for job in jobs))
     assert "Surface 50%, 1 s left" in seen
-    layout = draw(faked)
+    layout = draw(faked, JOBS)
     assert "and 4 more" in layout.texts
     assert layout.buttons.count("populace.insert_result") == faked.panel.MAX_ROWS
 
     faked.bpy.context.view_layer.objects.active = people(faked.bpy)[0]
-    assert faked.panel.POPULACE_PT_human.poll(faked.bpy.context)
-    layout = draw(faked, "POPULACE_PT_human")
-    assert {"7", "1.80 m", "Ball", "abababababab", "0.0.1"} <= set(layout.texts)
+    for name in HUMAN:
+        assert getattr(faked.human_panel, name).poll(faked.bpy.context)
+    assert {"7", "1.80 m", "Ball", "abababababab", "0.0.1"} <= set(draw(faked, "POPULACE_PT_details").texts)
+    assert "Made with other weights" not in str(draw(faked, "POPULACE_PT_human").texts)
+    assert "populace.restore_version" in draw(faked, "POPULACE_PT_history").buttons
+    assert {"populace.reroll", "populace.lock_part"} <= set(draw(faked, "POPULACE_PT_parts").buttons)
+    assert "variation" in draw(faked, "POPULACE_PT_variants").props
+    assert "Select another human as well" in draw(faked, "POPULACE_PT_mix").texts
+    assert "shape_keys" in draw(faked, "POPULACE_PT_output").props
 
     Error = faked.messages.BackendError
     for status in (
@@ -302,7 +312,7 @@ def test_panel_in_every_state(faked: SimpleNamespace) -> None:
         job.status = faked.messages.Status(job.id, **status)
         job.note = "A note"
         state.jobs = {job.id: job}
-        assert "A note" in draw(faked).texts
+        assert "A note" in draw(faked, JOBS).texts
     state.jobs = {}
 
     faked.bpy.ops.populace.stop_backend()
