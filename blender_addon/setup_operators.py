@@ -150,16 +150,28 @@ class POPULACE_OT_setup_backend(_Setup, bpy.types.Operator):
         return not why
 
     def invoke(self, context: bpy.types.Context, event: Any) -> Result:
-        if not known.plan_is_fresh:  # looking takes a moment, so it is done elsewhere, and the dialog opens then
+        if not known.plan_is_fresh:  # looking takes a moment: it is done elsewhere, and the dialog opens then
             try:
                 _start("plan", "--wheel", str(known.wheel), when_ended=_planned)
             except BackendError as error:
                 self.report({"ERROR"}, str(error))
                 return {"CANCELLED"}
-            return {"FINISHED"}
+            self._timer = context.window_manager.event_timer_add(chores.INTERVAL_S, window=context.window)
+            context.window_manager.modal_handler_add(self)
+            return {"RUNNING_MODAL"}
         self.agree = True  # by the dialog's button
         title = "Upgrade Generator" if known.can_upgrade else "Set Up Generator"
         return context.window_manager.invoke_props_dialog(self, width=440, title=title, confirm_text="Install")
+
+    def modal(self, context: bpy.types.Context, event: Any) -> Result:
+        """Wait for the plan. A dialog needs an event to open from: from a plain timer it would crash Blender."""
+        if event.type != "TIMER" or chores.is_busy():
+            return {"PASS_THROUGH"}
+        context.window_manager.event_timer_remove(self._timer)
+        if not known.plan_is_fresh:
+            return {"CANCELLED"}
+        bpy.ops.populace.setup_backend("INVOKE_DEFAULT")
+        return {"FINISHED"}
 
     def draw(self, context: bpy.types.Context) -> None:
         from .setup_panel import draw_plan
@@ -290,10 +302,6 @@ def _planned(chore: Chore) -> None:
         return
     known.plan, known.planned_at = chore.result, time.monotonic()
     chores.dismiss()
-    windows = bpy.context.window_manager.windows  # a timer has no window of its own
-    with bpy.context.temp_override(window=windows[0]):
-        if bpy.ops.populace.setup_backend.poll():
-            bpy.ops.populace.setup_backend("INVOKE_DEFAULT")
 
 
 def _installed(chore: Chore) -> None:

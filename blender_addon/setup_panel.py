@@ -144,7 +144,7 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
     if plan["free_bytes"] < needs:
         alerts.append(f"Not enough space: {gigabytes(needs)} are needed while installing")
     if any(alerts):
-        box = layout.box()
+        box = layout.box().column(align=True)
         box.alert = True
         for text in filter(None, alerts):
             for line in _split(text):
