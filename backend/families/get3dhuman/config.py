@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -47,9 +49,19 @@ class Config:
     def tiny(cls) -> Config:
         """Same construction, for tests on a CPU."""
         return replace(
-            cls(), z_dim=32, w_dim=32, resolution=64, channel_base=512, channel_max=16, stem=8, volume=16, groups=4,
+            cls(), resolution=64, channel_base=512, channel_max=16, stem=8, volume=16, groups=4,
             shape_widths=(32, 16, 8), texture_widths=(32, 16, 16, 8), refine_width=4, discriminator_max=16,
         )  # fmt: skip
+
+
+def from_metadata(metadata: Mapping[str, str]) -> Config:
+    """Widths as a weights file has them; without a word those of the published weights."""
+    facts = json.loads(metadata.get("get3dhuman", "{}"))
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+
+
+def to_metadata(config: Config) -> dict[str, str]:
+    return {"get3dhuman": json.dumps(asdict(config))}
 
 
 def to_ndc(points: Float[Tensor, "... 3"]) -> Float[Tensor, "... 3"]:

@@ -7,10 +7,8 @@ occupancy of the network becomes a signed distance at this door: (2 value - 1) *
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from backend.families.base import AttributeValue, Latents, seeded_normal
 from backend.families.get3dhuman import colors
-from backend.families.get3dhuman.config import DISTANCE, INVERSE, Config, to_ndc
+from backend.families.get3dhuman.config import DISTANCE, INVERSE, from_metadata, to_ndc
 from backend.families.get3dhuman.networks import Get3DHuman, RefineNet, decode_shape, decode_texture
 from backend.families.get3dhuman.reading import Reader
 from backend.protocol import PopulaceError
@@ -210,23 +208,13 @@ def load(device: torch.device, weights: Weights | None) -> Get3DHumanModel:
     """The model of verified weights, with the refine net if its file was imported too. Raises `weights_corrupt`."""
     assert weights is not None, "the registry hands over weights to families that name some"
     arrays, metadata = weights.read()
-    config = read_config(metadata)
+    config = from_metadata(metadata)
     networks = Get3DHuman(config)
-    refine = RefineNet(config.refine_width) if any(name.startswith("rnet.") for name in arrays) else None
-    shapes = {k: tuple(v.shape) for part in (networks, refine) if part for k, v in part.state_dict().items()}
-    check_tensors(weights.name, arrays, shapes)
-    for part in (networks, refine):
-        if part is not None:
-            part.load_state_dict({k: torch.from_numpy(arrays[k].copy()) for k in part.state_dict()})
+    first = arrays.get("rnet.Conv0.conv.0.bias")
+    refine = None if first is None else RefineNet(len(first))
+    states = [part.state_dict() for part in (networks, refine) if part is not None]
+    floats = {name: tensor for state in states for name, tensor in state.items() if tensor.is_floating_point()}
+    check_tensors(weights.name, arrays, {name: tuple(tensor.shape) for name, tensor in floats.items()})
+    for name, tensor in floats.items():
+        tensor.copy_(torch.from_numpy(arrays[name].copy()))
     return Get3DHumanModel(networks, refine, device, weights.sha256)
-
-
-def read_config(metadata: Mapping[str, str]) -> Config:
-    """Widths as the converter wrote them down; without a word those of the published weights."""
-    facts = json.loads(metadata.get("get3dhuman", "{}"))
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
-
-
-def write_config(config: Config) -> dict[str, str]:
-    """Metadata of a weights file."""
-    return {"get3dhuman": json.dumps(asdict(config))}
