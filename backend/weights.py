@@ -81,6 +81,11 @@ class Weights:
     sha256: str
     paths: tuple[Path, ...]
 
+    def with_more(self, other: Weights) -> Weights:
+        """These and a companion's, under this name; the hash is that of both."""
+        digest = hashlib.sha256(f"{self.sha256}{other.sha256}".encode()).hexdigest()
+        return Weights(self.name, digest, self.paths + other.paths)
+
     def read(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
         """All arrays (read-only views) and the metadata of all files. Raises `weights_corrupt` if one is not
         safetensors."""

@@ -84,4 +84,7 @@ def load(name: str, device: str, settings: Settings) -> FamilyModel:
 
     device = resolve_device(device)
     checked = weights.locate(family.weights, settings.data_dir) if family.weights else None
+    for name_of_more in family.companions:
+        if checked is not None and weights.find(name_of_more, settings.data_dir).is_here(settings.data_dir):
+            checked = checked.with_more(weights.locate(name_of_more, settings.data_dir))
     return importlib.import_module(f"{__name__}.{name}.model").load(torch.device(device), checked)

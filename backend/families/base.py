@@ -149,6 +149,7 @@ class FamilyInfo:
     inputs: tuple[str, ...]  # of "seed", "image"
     weights: str | None  # name in weights_manifest/, None if the family needs none
     licence: str
+    companions: tuple[str, ...] = ()  # weights that it reads as well where they are here
     parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema properties of family parameters
     attributes: tuple[Attribute, ...] = ()  # what `describe` tells and `edit` sets
     codes: Mapping[str, Code] = field(default_factory=dict)  # by name, "PART/KIND"; the first part is the body

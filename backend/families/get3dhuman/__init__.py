@@ -17,5 +17,6 @@ INFO = FamilyInfo(
     inputs=("seed",),
     weights="get3dhuman",
     licence="research use only, as long as the authors do not say otherwise",
+    companions=("get3dhuman_refine",),
     codes={"body/shape": Code(512, normal=True), "body/tex": Code(512, normal=True)},
 )
