@@ -442,7 +442,7 @@ def numbers(file: str, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndar
     return arrays
 
 
-def convert(family: str, path: Path) -> Converted:
-    """The family's weights from an official file. Raises `weights_corrupt`, `invalid_request`."""
-    content = read(path)
-    return importlib.import_module(f"backend.families.{family}.checkpoint").convert(content, path.name)
+def convert(family: str, path: Path, own: bool = False) -> Converted:
+    """The family's weights from an official file, or of a training of one's `own` that may have other sizes. Raises
+    `weights_corrupt`, `invalid_request`."""
+    return importlib.import_module(f"backend.families.{family}.checkpoint").convert(read(path), path.name, own)

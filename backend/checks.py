@@ -68,13 +68,14 @@ def _codes(info: FamilyInfo, latents: Mapping[str, list[list[float]]]) -> None:
         if name not in info.codes:
             raise PopulaceError("invalid_latents", f"The family {info.name!r} has no latents called {name!r}.",
                                 f"It has: {', '.join(info.codes)}.")  # fmt: skip
-        size = info.codes[name].size
-        if (len(rows), len(rows[0])) != (1, size):
+        code, found = info.codes[name], (len(rows), len(rows[0]))
+        if any(want not in (0, has) for want, has in zip((code.rows, code.size), found)):
             raise PopulaceError(
-                "invalid_latents", f"Latents {name!r} are {len(rows)}x{len(rows[0])} numbers instead of 1x{size}.",
+                "invalid_latents", f"Latents {name!r} are {found[0]}x{found[1]} numbers instead of "
+                f"{code.rows or 'any'}x{code.size or 'any'}.",
                 "Send latents of a person of the same family and version."
             )  # fmt: skip
-        if not all(abs(x) <= FLOAT32_MAX for x in rows[0]):
+        if not all(abs(x) <= FLOAT32_MAX for row in rows for x in row):
             raise PopulaceError("invalid_latents", f"Latents {name!r} are too large for float32.", "Send smaller ones.")
 
 

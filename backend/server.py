@@ -169,8 +169,8 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
         return [
             {"name": found.name, "title": found.title, "licence": found.licence, "provenance": found.provenance,
              "sha256": found.sha256, "size": sum(file.size for file in found.files),
-             "here": all(found.location(file, settings.data_dir).is_file() for file in found.files)}
-            for found in weights.manifests()
+             "here": found.is_here(settings.data_dir)}
+            for found in weights.manifests(data_dir=settings.data_dir)
         ]  # fmt: skip
 
     @app.post("/v1/jobs")

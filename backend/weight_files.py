@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import filelock
 
-from backend import packet, weights
+from backend import packet, tensors, weights
 from backend.protocol import PopulaceError
 from backend.weights import MANIFEST_FOLDER, Manifest, WeightFile
 
@@ -73,6 +73,9 @@ def _sha256(text: str) -> str:
 def fetch(manifest: Manifest, data_dir: Path, step: Step = lambda name, fraction: None) -> int:
     """Download what is missing. Returns the bytes loaded. Raises `weights_missing` when the licence is not accepted or
     the network fails, `weights_corrupt` when what comes is not what the manifest promises, `out_of_disk`."""
+    if not manifest.files:
+        raise PopulaceError("weights_missing", f"The weights {manifest.name!r} cannot be downloaded by Populace.",
+                            manifest.obtain)  # fmt: skip
     if manifest.embedded or manifest.imported:
         raise PopulaceError("invalid_request", f"The weights {manifest.name!r} are not to be downloaded.",
                             "They are here already." if manifest.embedded else "Import the file again.")  # fmt: skip
@@ -200,7 +203,9 @@ def _check_space(folder: Path, size: int) -> None:
 # --------------------------------------------------------------------------------------------- import, use and removal
 
 
-def import_file(source: Path, name: str, licence: str, data_dir: Path, folder: Path = MANIFEST_FOLDER) -> Manifest:
+def import_file(
+    source: Path, name: str, licence: str, data_dir: Path, folder: Path = MANIFEST_FOLDER, provenance: str = ""
+) -> Manifest:
     """Take in a safetensors file: as the missing file of weights that this version knows, else as weights of the
     user's own. Checked, copied beside its place, then renamed. Raises `weights_corrupt` or `invalid_request`."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
@@ -208,7 +213,7 @@ def import_file(source: Path, name: str, licence: str, data_dir: Path, folder: P
                             "Use lower-case letters, digits and _, at most 40.")  # fmt: skip
     if not source.is_file() or not 0 < source.stat().st_size <= MAX_IMPORT_BYTES:
         raise PopulaceError("invalid_request", f"{source} is not a file of a sensible size.", "Choose another file.")
-    known = {manifest.name: manifest for manifest in weights.manifests(folder)}
+    known = {manifest.name: manifest for manifest in weights.manifests(folder) if manifest.files}
     digest = weights.sha256_of(source)
     if name in known:
         manifest = known[name]
@@ -224,13 +229,40 @@ def import_file(source: Path, name: str, licence: str, data_dir: Path, folder: P
     _copy(source, path, digest)
     quoted = {key: json.dumps(value) for key, value in {
         "name": name, "title": metadata.get("title", source.stem)[:80], "licence": licence, "licence_url": "",
-        "provenance": f"Imported from {source.name} on {_now()[:10]}.",
+        "provenance": provenance or f"Imported from {source.name} on {_now()[:10]}.",
     }.items()}  # fmt: skip
     text = "".join(f"{key} = {value}\n" for key, value in quoted.items()) + "embedded = false\nimported = true\n\n"
     target = weights.imports_folder(data_dir) / f"{name}.toml"
     target.parent.mkdir(parents=True, exist_ok=True)
     packet.write_file(target, (text + weights.describe(path)).encode())
     return weights.find(name, data_dir, folder)
+
+
+def import_checkpoint(
+    family: str, source: Path, data_dir: Path, own: bool = False, folder: Path = MANIFEST_FOLDER
+) -> Manifest:
+    """Take in an official file of a family: read without running anything in it, checked name by name, written as
+    safetensors, recorded with its SHA-256 and licence, and used for the family if nothing else is. Raises
+    `weights_corrupt` or `invalid_request`, then nothing has changed."""
+    from backend import checkpoints, families
+
+    if not source.is_file() or not 0 < source.stat().st_size <= MAX_IMPORT_BYTES:
+        raise PopulaceError("invalid_request", f"{source} is not a file of a sensible size.", "Choose another file.")
+    made = checkpoints.convert(family, source, own)
+    shipped = {manifest.name: manifest for manifest in weights.manifests(folder)}
+    manifest = shipped.get(made.name, shipped[family])
+    converted = data_dir / "weights" / f".{made.name}.converted"
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(converted.parent, sum(array.nbytes for array in made.arrays.values()))
+    try:
+        packet.write_file(converted, b"".join(tensors.dump_tensors(made.arrays, made.metadata)))
+        origin = f"Converted from {source.name} (SHA-256 {weights.sha256_of(source)}) on {_now()[:10]}."
+        found = import_file(converted, made.name, manifest.licence, data_dir, folder, origin)
+    finally:
+        converted.unlink(missing_ok=True)
+    if found.name not in families.info(family).companions and family not in weights.replacements(data_dir):
+        use(found.name, family, data_dir, folder)
+    return found
 
 
 def _check_tensors_readable(source: Path) -> dict[str, str]:

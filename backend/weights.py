@@ -52,6 +52,7 @@ class Manifest:
     folder: Path  # of the TOML file
     licence_text: str = ""  # to be accepted before a download; "" where name and address say it all
     imported: bool = False  # brought by the user, not known to this version
+    obtain: str = ""  # how the user gets what only the authors may give away; such a manifest names no files
 
     def location(self, file: WeightFile, data_dir: Path) -> Path:
         base = self.folder if self.embedded else data_dir / "weights" / self.name
@@ -59,7 +60,7 @@ class Manifest:
 
     def is_here(self, data_dir: Path) -> bool:
         """Whether all files are there; `verify` says whether they are good."""
-        return all(self.location(file, data_dir).is_file() for file in self.files)
+        return bool(self.files) and all(self.location(file, data_dir).is_file() for file in self.files)
 
     @property
     def size(self) -> int:
@@ -108,7 +109,7 @@ def manifests(folder: Path = MANIFEST_FOLDER, data_dir: Path | None = None) -> t
     shipped = tuple(_read_manifest(path) for path in sorted(folder.glob("*.toml")))
     if data_dir is None:
         return shipped
-    names, own = {manifest.name for manifest in shipped}, []
+    names, own = {manifest.name for manifest in shipped if manifest.files}, []
     for path in sorted(imports_folder(data_dir).glob("*.toml")):
         try:
             manifest = _read_manifest(path)
@@ -117,7 +118,8 @@ def manifests(folder: Path = MANIFEST_FOLDER, data_dir: Path | None = None) -> t
             continue
         if manifest.name not in names:
             own.append(manifest)
-    return shipped + tuple(own)
+    brought = {manifest.name for manifest in own}
+    return tuple(manifest for manifest in shipped if manifest.name not in brought) + tuple(own)
 
 
 def find(name: str, data_dir: Path, folder: Path = MANIFEST_FOLDER) -> Manifest:
@@ -141,6 +143,9 @@ def locate(name: str, data_dir: Path, folder: Path = MANIFEST_FOLDER) -> Weights
     """
     manifest = find(replacements(data_dir).get(name, name), data_dir, folder)
     name = manifest.name
+    if not manifest.files:
+        what = f"The weights {name!r} ({manifest.title}) are not here."
+        raise PopulaceError("weights_missing", what, manifest.obtain)
     for file in manifest.files:
         verify(manifest, file, data_dir)
     return Weights(name, manifest.sha256, tuple(manifest.location(file, data_dir) for file in manifest.files))
@@ -221,12 +226,12 @@ def _read_manifest(path: Path) -> Manifest:
     """Raises ValueError when a manifest breaks the rules of weights_manifest/README.md: a mistake of ours."""
     raw = tomllib.loads(path.read_text("utf-8"))
     try:
-        files = tuple(WeightFile(**entry) for entry in raw.pop("files"))
+        files = tuple(WeightFile(**entry) for entry in raw.pop("files", ()))
         manifest = Manifest(**raw, files=files, folder=path.parent)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path.name}: {error}") from None
-    if manifest.name != path.stem or not files:
-        raise ValueError(f"{path.name}: name differs from the file's, or there are no files")
+    if manifest.name != path.stem or bool(files) == bool(manifest.obtain):
+        raise ValueError(f"{path.name}: name differs from the file's, or there are neither files nor how to obtain any")
     for file in files:
         parts = PurePosixPath(file.path)
         if parts.is_absolute() or ".." in parts.parts or parts.suffix != ".safetensors" or "\\" in file.path:

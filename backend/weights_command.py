@@ -15,7 +15,9 @@ from backend import weight_files, weights
 from backend.progress import Progress
 from backend.protocol import PopulaceError
 from backend.settings import Settings
-from backend.weights import Manifest
+from backend.weights import Manifest, WeightFile
+
+CHECKPOINTS = ("get3d", "get3dhuman")
 
 
 def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
@@ -36,9 +38,11 @@ def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--yes", action="store_true", help="accept the licence and the download without being asked")
     fetch.add_argument("--json", action="store_true", help="progress and outcome as JSON lines")
     fetch.add_argument("--leash", action="store_true", help="end when stdin closes: for programs that start this one")
-    bring = command("import", _import, "take in a safetensors file", group)
+    bring = command("import", _import, "take in a safetensors file, or an official checkpoint of a family", group)
+    bring.add_argument("family", nargs="?", choices=CHECKPOINTS, help="whose authors published the file")
     bring.add_argument("file", type=Path)
-    bring.add_argument("--name", required=True, help="of weights that this version knows, or one of your own")
+    bring.add_argument("--own", action="store_true", help="a checkpoint of your own training, of other sizes")
+    bring.add_argument("--name", help="of weights that this version knows, or one of your own; for safetensors")
     bring.add_argument("--licence", default="unknown", help="SPDX id or name, for the record")
     use = command("use", _use, "use weights in place of others", group)
     use.add_argument("name")
@@ -52,7 +56,8 @@ def _list(args: argparse.Namespace) -> None:
     used = weights.replacements(data_dir)
     rows = []
     for manifest in weights.manifests(data_dir=data_dir):
-        for file in manifest.files:
+        missing = WeightFile("", 0, "", manifest.obtain)
+        for file in manifest.files or (missing,):
             path = manifest.location(file, data_dir)
             rows.append({
                 "name": manifest.name, "title": manifest.title, "licence": manifest.licence,
@@ -69,7 +74,8 @@ def _list(args: argparse.Namespace) -> None:
         state = "here" if row["here"] else "missing"
         print(f"{row['name']:<12} {row['size'] / 1e6:8.1f} MB  {state:<8} {row['licence']:<12} {row['path']}")
         used_for = f" Used for {', '.join(row['used_for'])}." if row["used_for"] else ""
-        print(f"{'':<12} {row['title']}. {row['provenance']}{used_for}")
+        obtain = f" {row['source']}" if not row["size"] else ""
+        print(f"{'':<12} {row['title']}. {row['provenance']}{used_for}{obtain}")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -161,6 +167,13 @@ def _say(event: str, **what: Any) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    if args.family:
+        manifest = weight_files.import_checkpoint(args.family, args.file, Settings.load().data_dir, args.own)
+        print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported ({manifest.licence}). {manifest.provenance}")
+        return
+    if not args.name:
+        raise PopulaceError("invalid_request", "--name is missing.",
+                            f"Give a name, or the family of an official file: {', '.join(CHECKPOINTS)}.")  # fmt: skip
     manifest = weight_files.import_file(args.file, args.name, args.licence, Settings.load().data_dir)
     print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported; to use it: populace weights use {manifest.name}")
 

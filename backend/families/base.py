@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -86,6 +86,17 @@ class HumanField(Protocol):
         ...
 
 
+@runtime_checkable
+class LatticeField(HumanField, Protocol):
+    """A field that is cheap at all nodes of a lattice at once, and whose values need not be distances."""
+
+    colors_vertices: bool  # `color` and `material` take points of person space: where the vertices have moved to
+
+    def sdf_on_axes(self, axes: Sequence[Float[Tensor, " n"]]) -> np.ndarray[Any, Any]:
+        """`sdf` at every node (x, y, z) of the three axes, float32 [X, Y, Z]; zero or more beyond `bounds`."""
+        ...
+
+
 class FamilyModel(Protocol):
     """A loaded model. `device` is where its fields compute.
 
@@ -135,8 +146,9 @@ AttributeValue = float | Sequence[float] | str
 class Code:
     """One code that a person of the family may have."""
 
-    size: int  # numbers: the code is [1, size]
+    size: int  # numbers in a row: the code is [rows, size]; 0: as many as the weights say
     normal: bool = False  # normally distributed about the mean person; other codes form clusters or have bounds
+    rows: int = 1  # 0: as many as the weights say
 
 
 @dataclass(frozen=True)

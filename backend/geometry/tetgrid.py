@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backend.families.base import HumanField, Step, no_step
+from backend.families.base import HumanField, LatticeField, Step, no_step
 from backend.geometry import marching
 from backend.geometry.mesh import TriMesh
 from backend.protocol import PopulaceError
@@ -55,6 +55,11 @@ class Lattice:
         places = (index + self.low).astype(np.float32) * np.float32(self.spacing)
         return torch.from_numpy(places.clip(*self.box)).to(device)
 
+    def axes(self, device: torch.device) -> list[Float[Tensor, " n"]]:
+        """Coordinates of the nodes along each axis."""
+        places = self.points(np.arange(self.cells.max() + 1)[:, None].clip(max=self.cells), device)
+        return [places[: n + 1, axis].contiguous() for axis, n in enumerate(self.cells)]
+
     def on_border(self, index: Int[np.ndarray, "N 3"]) -> np.ndarray:
         return ((index <= 0) | (index >= self.cells)).any(1)
 
@@ -77,8 +82,9 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     The field is asked at the nodes of a coarse lattice, then only where the surface may be: at a node where |sdf| is
     more than the farthest point of the next cell away there is none. At the last level the surface is followed from
     cell to cell, so that it is closed even where the field is steeper than a distance. The cost grows with the
-    surface, and the mesh is the one that asking everywhere would give. `step` is called after every few thousand
-    points; `field.offset` is asked once, at the nodes of the edges that the surface crosses.
+    surface, and the mesh is the one that asking everywhere would give. A `LatticeField` is
+    asked everywhere. `step` is called after every few thousand points; `field.offset` is asked once, at the nodes of
+    the edges that the surface crosses.
 
     Raises `empty_surface` if there is no surface, if it leaves the box or if the field is not finite.
     """
@@ -95,7 +101,9 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
             asked += len(chunk)
             fraction += (until - since) * len(chunk) / len(index)
             step("surface", fraction)
-        sdf = np.concatenate(values)
+        return check(np.concatenate(values), index)
+
+    def check(sdf: Float[np.ndarray, " N"], index: Int[np.ndarray, "N 3"]) -> Float[np.ndarray, " N"]:
         if not np.isfinite(sdf).all():
             raise PopulaceError(
                 "empty_surface", f"The field is not a number at {np.count_nonzero(~np.isfinite(sdf))} of {len(sdf)} "
@@ -109,6 +117,15 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
             )  # fmt: skip
         return sdf
 
+    if isinstance(field, LatticeField):
+        step("surface", 0.0)
+        values = field.sdf_on_axes(lattice.axes(device))
+        if len(bad := np.argwhere(~np.isfinite(values))):
+            check(values[tuple(bad.T)], bad)
+        cells = np.argwhere(_crossed(values < 0)).astype(np.int32)
+        corners, nodes = _number(cells)
+        sdf = check(values[tuple(nodes.T)], nodes)
+        return _surface_of(field, lattice, cells, corners, nodes, sdf, values.size, step)
     stride = 1 << levels
     cells = np.indices(-(-lattice.cells // stride)).reshape(3, -1).T.astype(np.int32)
     corners, nodes = _number(cells)
@@ -129,6 +146,25 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         cells = np.concatenate([cells, missing])
         corners, nodes = _number(cells)
         sdf = np.concatenate([sdf, ask(nodes[len(sdf) :], 0.9)])
+    return _surface_of(field, lattice, cells, corners, nodes, sdf, asked, step)
+
+
+def _crossed(inside: np.ndarray) -> np.ndarray:
+    """The cells of which some corners are inside and some not; `inside` at all nodes of the lattice."""
+    some, every = inside, inside
+    for axis in range(3):
+        low, high = [slice(None)] * 3, [slice(None)] * 3
+        low[axis], high[axis] = slice(None, -1), slice(1, None)
+        some, every = some[tuple(low)] | some[tuple(high)], every[tuple(low)] & every[tuple(high)]
+    return some & ~every
+
+
+def _surface_of(
+    field: HumanField, lattice: Lattice, cells: np.ndarray, corners: np.ndarray, nodes: np.ndarray, sdf: np.ndarray,
+    asked: int, step: Step,
+) -> TriMesh:  # fmt: skip
+    """The triangles of the cells that the surface crosses."""
+    device = field.bounds.device
     edges, faces = _march(
         corners, (cells + lattice.low).sum(1) % 2, sdf,
         marching.EDGES, marching.KEPT, marching.CUBE_TRIANGLES, marching.CUBE_COUNT,
@@ -147,7 +183,9 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     both = marching.interpolate(at_nodes, torch.from_numpy(sdf[used]).to(device), pairs)
     if not torch.isfinite(both).all():
         raise PopulaceError("empty_surface", f"The offsets of {field.name!r} are not finite.", "Try another seed.")
-    return TriMesh(both[:, 3:].contiguous(), torch.from_numpy(faces).to(device), both[:, :3].contiguous())
+    vertices = both[:, 3:].contiguous()
+    points = vertices if isinstance(field, LatticeField) and field.colors_vertices else both[:, :3].contiguous()
+    return TriMesh(vertices, torch.from_numpy(faces).to(device), points)
 
 
 def _number(cells: Int[np.ndarray, "C 3"]) -> tuple[Int[np.ndarray, "C 8"], Int[np.ndarray, "N 3"]]:

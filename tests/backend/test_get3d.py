@@ -14,7 +14,7 @@ from torch import Tensor
 from backend.families.get3d import dmtet
 from backend.families.get3d.config import Config
 from backend.families.get3d.discriminator import DualDiscriminator, camera_code
-from backend.families.get3d.fields import FieldMLP, on_axes, read_planes, read_volume, to_unit
+from backend.families.get3d.fields import FieldMLP, on_axes, read_planes, read_volume, stack_planes, to_unit
 from backend.families.get3d.networks import Decoded, Generator, mixed_rows
 from backend.families.get3d.volume import VolumeBlock, VolumeLayer
 from backend.geometry.mesh import signed_volume
@@ -57,8 +57,8 @@ def test_codes_and_colours_are_the_authors(kind: str) -> None:
     assert golden.error("ws_tex_psi07", net.mapping(normal("tex_z", 2, 32), 0.7)[:, 0]) < 1e-6
     fields = decoded(net)
     if kind == "unified":
-        assert golden.error("sdf_plane", fields.geometry[0]) < BOUND
-        assert golden.error("tex_plane", fields.texture) < BOUND
+        for name, planes in (("sdf_plane", fields.geometry[0]), ("tex_plane", fields.texture)):
+            assert golden.error(name, planes.permute(0, 1, 4, 2, 3).flatten(1, 2)) < BOUND
     points = (0.35 * normal("points", 2, 4096, 3)).clamp(-0.6, 0.6)
     assert golden.error("tex_feat", fields.features(points)) < BOUND
     assert golden.error("rgb_at_points", fields.color(points).transpose(1, 2).unflatten(2, (64, 64))) < BOUND
@@ -115,14 +115,14 @@ def test_planes_are_read_pixel_by_pixel_and_summed() -> None:
     planes, points = noise(2, 12, 8, 8), 0.6 * noise(2, 20, 3, seed=1)
     g = to_unit(points, 0.8)
     assert torch.allclose(g, 2 * ((points + 0.4) / 0.8).clamp(0, 1) - 1)
-    found = read_planes(planes, g).numpy()
+    found = read_planes(stack_planes(planes), g).numpy()
     for sample in range(2):
         for n, (x, y, z) in enumerate(g[sample].tolist()):
             xy, yz, xz = planes[sample].numpy().reshape(3, 4, 8, 8)
             expected = plain_bilinear(xy, x, y) + plain_bilinear(yz, y, z) + plain_bilinear(xz, x, z)
             assert np.allclose(found[sample, n], expected, atol=1e-12)
     at = (0.9 * torch.tanh(noise(1, 5, 3, seed=2))).requires_grad_()
-    assert torch.autograd.gradcheck(read_planes, (planes[:1].requires_grad_(), at), fast_mode=True)
+    assert torch.autograd.gradcheck(read_planes, (stack_planes(planes[:1]).requires_grad_(), at), fast_mode=True)
 
 
 def test_volumes_are_read_at_voxel_centres_with_x_along_the_last_axis() -> None:
@@ -136,7 +136,7 @@ def test_volumes_are_read_at_voxel_centres_with_x_along_the_last_axis() -> None:
 
 def test_the_values_on_a_lattice_are_those_of_its_points() -> None:
     torch.manual_seed(0)
-    mlp, planes = FieldMLP(8, 8, 1, 4), torch.randn(1, 24, 16, 16)
+    mlp, planes = FieldMLP(8, 8, 1, 4), torch.randn(1, 3, 16, 16, 8)
     for layer in mlp.layers:
         torch.nn.init.normal_(layer.bias)
     ws = [torch.randn(1, 4), torch.randn(1, 4)]

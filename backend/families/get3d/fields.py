@@ -28,13 +28,18 @@ def to_unit(points: Float[Tensor, "... 3"], scale: float) -> Float[Tensor, "... 
     return ((points + scale / 2) / scale).clamp(0, 1) * 2 - 1
 
 
-def read_planes(planes: Float[Tensor, "B 3C R R"], g: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N C"]:
+def stack_planes(planes: Float[Tensor, "B 3C R R"]) -> Float[Tensor, "B 3 R R C"]:
+    """The three planes with the features of a pixel side by side, as they are read."""
+    return planes.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def read_planes(planes: Float[Tensor, "B 3 R R C"], g: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N C"]:
     """Sum of the three planes' features, bilinear, zero beyond the border, pixel areas (align_corners off).
 
     A point sums twelve rows of a table of pixels, weighted: one fused kernel, with gradients to planes and points.
     """
-    count, channels, size, _ = planes.shape
-    table = planes.unflatten(1, (3, channels // 3)).permute(0, 1, 3, 4, 2).reshape(-1, channels // 3)
+    count, _, size, _, channels = planes.shape
+    table = planes.reshape(-1, channels)
     places, weights = [], []
     at = (g + 1) * (size / 2) - 0.5  # in pixels
     low = at.detach().floor()
@@ -103,7 +108,7 @@ def run_layers(
 
 @torch.no_grad()
 def on_axes(
-    planes: Float[Tensor, "1 3C R R"],
+    planes: Float[Tensor, "1 3 R R C"],
     mlp: FieldMLP,
     ws: Sequence[Float[Tensor, "1 W"]],
     axes: Sequence[Float[Tensor, " n"]],
@@ -112,11 +117,10 @@ def on_axes(
     axis are in -1..1: the numbers of `mlp(read_planes(...))` to rounding, many times faster on a CPU."""
     first, last = mlp.layers
     kernel = first.kernel(ws[0])
-    channels = planes.shape[1] // 3
     parts = []
-    for plane, (u, v) in zip(planes[0].split(channels), PLANE_AXES, strict=True):
+    for plane, (u, v) in zip(planes[0], PLANE_AXES, strict=True):
         # each row of the plane at all columns asked for, then all rows: bilinear is linear in each
-        features = torch.einsum("chw,iw,jh->ijc", plane, _weights(axes[u], plane), _weights(axes[v], plane))
+        features = torch.einsum("hwc,iw,jh->ijc", plane, _weights(axes[u], plane), _weights(axes[v], plane))
         parts.append((features @ kernel.T).contiguous().cpu().numpy())
     end = (last.kernel(ws[1])[0] * GAIN).cpu().numpy()
     values = np.empty([len(axis) for axis in axes], np.float32)
@@ -124,10 +128,11 @@ def on_axes(
     return values
 
 
-def _weights(g: Float[Tensor, " n"], plane: Float[Tensor, "C R R"]) -> Float[Tensor, "n R"]:
+def _weights(g: Float[Tensor, " n"], plane: Float[Tensor, "R R C"]) -> Float[Tensor, "n R"]:
     """How much each pixel counts at coordinate g: 1 - distance in pixels, at least 0."""
-    pixels = torch.arange(plane.shape[-1], device=plane.device, dtype=plane.dtype)
-    return (1 - ((g.to(plane)[:, None] + 1) * (plane.shape[-1] / 2) - 0.5 - pixels).abs()).clamp(min=0)
+    size = len(plane)
+    pixels = torch.arange(size, device=plane.device, dtype=plane.dtype)
+    return (1 - ((g.to(plane)[:, None] + 1) * (size / 2) - 0.5 - pixels).abs()).clamp(min=0)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backend.families.get3d.config import Config
-from backend.families.get3d.fields import FieldMLP, read_planes, read_volume, to_unit
+from backend.families.get3d.fields import FieldMLP, read_planes, read_volume, stack_planes, to_unit
 from backend.families.get3d.volume import VolumeField
 from backend.networks.stylegan2 import (
     Head,
@@ -39,8 +39,8 @@ class Decoded:
     """The fields of B shapes: what synthesis makes of the codes, asked at points as often as one likes."""
 
     synthesis: Synthesis
-    geometry: tuple[Float[Tensor, "B ..."], ...]  # feature planes, or the volumes of sdf and offset
-    texture: Float[Tensor, "B 3C R R"]
+    geometry: tuple[Float[Tensor, "B ..."], ...]  # feature planes [B, 3, R, R, C], or the volumes of sdf and offset
+    texture: Float[Tensor, "B 3 R R C"]
     geo_rows: Rows  # of w, for the MLPs of the geometry
     tex_rows: Rows  # for the MLP of the texture
     color_row: Float[Tensor, "B W"]  # for to_rgb
@@ -128,7 +128,8 @@ class UnifiedSynthesis(Synthesis):
         convs, heads = own_rows(blocks)
         rows = {"togeo": [geo[i] for i in heads], "totex": tex[:blocks]}
         planes = self.generator.tri_plane_synthesis([geo[i] for i in convs], rows, noise_mode)
-        return Decoded(self, (planes["togeo"],), planes["totex"], geo[3 * blocks - 1 :], tex[blocks:], tex[-1])
+        geometry, texture = stack_planes(planes["togeo"]), stack_planes(planes["totex"])
+        return Decoded(self, (geometry,), texture, geo[3 * blocks - 1 :], tex[blocks:], tex[-1])
 
     def read_sdf(self, decoded: Decoded, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
         features = read_planes(decoded.geometry[0], to_unit(points, self.config.scale))
@@ -184,7 +185,7 @@ class SeparateSynthesis(Synthesis):
         planes = self.geometry_synthesis_tex.tri_plane_synthesis(
             [rows[i] for i in convs], {"torgb": [rows[i] for i in heads]}, noise_mode
         )
-        return Decoded(self, volumes, planes["torgb"], geo, rows[3 * blocks - 1 :], ws_tex[:, -1])
+        return Decoded(self, volumes, stack_planes(planes["torgb"]), geo, rows[3 * blocks - 1 :], ws_tex[:, -1])
 
     def read_sdf(self, decoded: Decoded, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N"]:
         features = read_volume(decoded.geometry[0], to_unit(points, self.config.scale))
