@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A scripted installer for tests of `chore.py`: good, slow, dying, lying, stubborn. `python fake_installer.py MODE`."""
+"""A scripted installer for tests: good, slow, dying, lying, stubborn.
+
+`python fake_installer.py MODE`, or in place of the real one with the mode in the environment variable FAKE_INSTALLER;
+asked for a plan it gives the one in FAKE_PLAN.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,9 @@ def main(mode: str) -> int:
     if mode != "stubborn":
         threading.Thread(target=obey, daemon=True).start()
     say(event="progress", stage="Downloading", fraction=0.25, text="torch 50 of 200 MB")
+    if mode == "plan":
+        say(event="done", result=json.loads(os.environ["FAKE_PLAN"]))
+        return 0
     if mode == "good":
         say(event="done", result={"version": "1.2.3", "bytes": 5})
         return 0
@@ -62,4 +69,4 @@ def main(mode: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1] if sys.argv[1] == "plan" else os.environ.get("FAKE_INSTALLER", sys.argv[1])))
