@@ -30,16 +30,14 @@ def _part() -> Any:
 class _Edit(Action):
     """Asks for the active human with `edits`."""
 
-    label = ""
-
     def edits(self, root: bpy.types.Object) -> editing.Edits:
         raise NotImplementedError
 
     def work(self, context: bpy.types.Context) -> Work:
         root = active_human(context)
         editing.clear_sheet()
-        target = editing.Edit(editing.make_own(root), self.label or self.bl_label)
-        return [(editing.request(root, self.edits(root)), target)]
+        request = editing.request(root, self.edits(root))
+        return [(request, editing.target(root, self.bl_label))]
 
     def gather(self, context: bpy.types.Context) -> None:
         if getattr(self, "seed", 0) == ANY_SEED:
@@ -186,8 +184,8 @@ class POPULACE_OT_set_output(_Edit, bpy.types.Operator):
 
     def work(self, context: bpy.types.Context) -> Work:
         root = active_human(context)
-        target = editing.Edit(editing.make_own(root), "Output", self.with_rig)
-        return [(editing.request(root, **output_of(self)), target)]
+        request = editing.request(root, **output_of(self))
+        return [(request, editing.target(root, "Output", self.with_rig))]
 
 
 class POPULACE_OT_restore_version(Action, bpy.types.Operator):
@@ -205,7 +203,7 @@ class POPULACE_OT_restore_version(Action, bpy.types.Operator):
         if not -len(versions) <= self.index < len(versions):
             raise BackendError("no_version", f"There is no version {self.index}.", f"There are {len(versions)}.")
         recipe = recipes.parse(versions[self.index].recipe)
-        return [(recipes.request_of(recipe), editing.Edit(editing.make_own(root), "Restored"))]
+        return [(recipes.request_of(recipe), editing.target(root, "Restored", anew=True))]
 
 
 class POPULACE_OT_use_favourite(Action, bpy.types.Operator):
@@ -232,7 +230,7 @@ class POPULACE_OT_use_favourite(Action, bpy.types.Operator):
         if self.replace:
             if root is None:
                 raise BackendError("no_human", "No human is active.", "Select one, or do not replace.")
-            return [(request, editing.Edit(editing.make_own(root), found.name))]
+            return [(request, editing.target(root, found.name, anew=True))]
         batch = scene.Batch(found.name, 1, tuple(context.scene.cursor.location))
         return [(request, tasks.InBatch(batch, 0, found.name))]
 

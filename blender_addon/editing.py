@@ -14,11 +14,12 @@ import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import bpy
 from bpy.app.handlers import persistent
+from bpy.app.translations import pgettext_iface as iface
 
 from . import recipes, replacing, scene, snippets, tasks, thumbnails
 from .messages import BackendError, Request
@@ -45,7 +46,9 @@ class Edit:
     operator: str = "apply_edit"
 
     def apply(self, context: bpy.types.Context, human: Human) -> str:
-        _live.pop(self.uuid, None)
+        live = _live.pop(self.uuid, None)
+        if live is not None and live.final is not None and live.final.tag is not self:
+            _cancel(live.final)
         root = replacing.find(self.uuid)
         if root is None:
             scene.insert(context, human, scene.Batch("Humans", 1, tuple(context.scene.cursor.location)))
@@ -175,13 +178,36 @@ def _changed(root: bpy.types.Object) -> Live:
 
 
 def request(root: bpy.types.Object, edits: Edits = (), **output: Any) -> Request:
-    """The request for this person with `edits`. Raises `BackendError`."""
+    """The request for this person with `edits`, on top of those that are still on their way. Raises `BackendError`."""
     recipe = recipes.parse(root.populace.recipe)
     session = tasks.session()
     if edits and session is not None and session.families and session.family(str(recipe.get("family"))) is None:
         raise BackendError("unknown_family", recipes.remark(recipe, None, session.families) + ".",
                            "Use the generator that made it.")  # fmt: skip
+    coming = _coming(root.populace.uuid)
+    if coming is not None:
+        return replace(coming.request, edits=[*coming.request.edits, *edits], **output)
     return recipes.request_of(recipe, edits, **output)
+
+
+def target(root: bpy.types.Object, label: str, with_rig: bool | None = None, anew: bool = False) -> Edit:
+    """For a `request` that is about to be sent: it takes the place of the one that is on its way, if there is one.
+    With `anew` it has nothing of that one in it."""
+    label = iface(label)
+    coming = _coming(make_own(root))
+    if coming is not None and not anew:
+        label = f"{coming.tag.label}, {label}"
+        with_rig = coming.tag.with_rig if with_rig is None else with_rig
+    _cancel(coming)
+    return Edit(root.populace.uuid, label[:60], with_rig)
+
+
+def _coming(key: str) -> Job | None:
+    """The edit of a person that was asked for and is not applied yet."""
+    session = tasks.session()
+    jobs = reversed(list(session.jobs.values())) if session is not None else ()
+    return next((job for job in jobs if isinstance(job.tag, Edit) and job.tag.uuid == key and not job.taken
+                 and job.status.state not in ("failed", "cancelling", "cancelled")), None)  # fmt: skip
 
 
 def mix_edit(other_uuid: str, amount: float) -> dict[str, Any]:
@@ -265,7 +291,8 @@ def _send_due(root: bpy.types.Object, live: Live, now: float) -> None:
             wanted = recipes.preview_of(request(root, live.edits()))
             live.preview = tasks.send(wanted, Preview(root.populace.uuid, live.sent))
         elif not live.waiting_since and rested >= PAUSE_S:
-            live.final = tasks.send(request(root, live.edits()), Edit(root.populace.uuid, _label(live)))
+            wanted = request(root, live.edits())
+            live.final = tasks.send(wanted, target(root, _label(live)))
             _note(live)
     except BackendError as error:
         trouble = error

@@ -13,7 +13,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import bpy
 
@@ -29,7 +29,6 @@ MAX_FILE_BYTES: Final = 4 << 20
 _SCHEMA: Final = 1
 _favourites: list[Favourite] = []
 _is_fresh = False
-_offered: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,18 +118,13 @@ def _folder() -> Path:
 
 
 def _watch() -> bool:
-    """Hand on the thumbnails that the panel is about to draw, when they are others than before."""
-    global _offered
+    """Hand on the thumbnails that the panel is about to draw and that are not decoded yet."""
     if not _is_fresh:
         refresh()
     root = active_human(bpy.context)
-    versions = root.populace.versions if root is not None else ()
-    now = (*(version.key for version in versions), *(f.key for f in _favourites))
-    if now != _offered:
-        for kept in (*versions, *_favourites):
-            if not thumbnails.has(kept.key):
-                thumbnails.offer(kept.key, base64.b64decode(kept.thumbnail))
-        _offered = now
+    for kept in (*(root.populace.versions if root is not None else ()), *_favourites):
+        if not thumbnails.has(kept.key):
+            thumbnails.offer(kept.key, base64.b64decode(kept.thumbnail))
     return False
 
 
@@ -139,6 +133,6 @@ def register() -> None:
 
 
 def unregister() -> None:
-    global _is_fresh, _offered
+    global _is_fresh
     tasks.watchers.remove(_watch)
-    _is_fresh, _offered = False, ()
+    _is_fresh = False

@@ -94,12 +94,10 @@ class POPULACE_PT_parts(_Section, bpy.types.Panel):
     @_safe
     def draw(self, context: bpy.types.Context) -> None:
         root = active_human(context)
-        family, group = _family(root), attributes.sliders(context, root.populace.family)
-        locked, worn = root.populace.locked_parts, _worn(root)
+        family = _family(root)
         column = self.layout.column(align=True)
-        for part in family.parts:
-            if part not in ("single",) or part in worn:
-                _draw_part(column, root, family, group, part, part in locked, part in worn)
+        for part in _parts(family, _worn(root)):
+            _draw_part(column, context, family, part)
         row = self.layout.row(align=True)
         row.operator("populace.reroll", text="Re-roll All", icon="FILE_REFRESH")
         row.operator("populace.reroll", text="New Looks", icon="TEXTURE").kinds = "TEX"
@@ -253,31 +251,41 @@ def _draw_favourites(layout: Any, kept: list[history.Favourite], can_replace: bo
         row.operator("populace.remove_favourite", text="", icon="X").favourite = one.id
 
 
-def _draw_part(layout: Any, root: bpy.types.Object, family: Family, group: Any, part: str, is_locked: bool,
-               is_worn: bool) -> None:  # fmt: skip
+def _draw_part(layout: Any, context: bpy.types.Context, family: Family, part: str) -> None:
+    """Lock, name, garment, colour, and what can be done with it."""
+    root = active_human(context)
+    group = attributes.sliders(context, family.name)
+    known, is_locked, is_worn = editing.attributes(root), part in root.populace.locked_parts, part in _worn(root)
     row = layout.row(align=True)
     lock = row.operator("populace.lock_part", text="", icon="LOCKED" if is_locked else "UNLOCKED", emboss=False)
     lock.part = part
-    known = editing.attributes(root)
-    name = row.split(factor=0.72, align=True)
+    name = row.split(factor=0.32, align=True)
+    name.label(text=part.capitalize())
+    value, color = name.row(align=True), f"{part}_color"
     if group is not None and family.attribute(part) is not None:
-        name.prop(group, part, text="")
-    else:
-        name.label(text=part.capitalize())
-    color = f"{part}_color"
+        value.prop(group, part, text="")
     if group is not None and family.attribute(color) is not None and color in known and is_worn:
-        name.prop(group, color, text="")
-    else:
-        name.label(text="")
+        swatch = value.row(align=True)
+        swatch.ui_units_x = 1.6
+        swatch.prop(group, color, text="")
     row.operator("populace.reroll", text="", icon="FILE_REFRESH").part = part
     looks = row.row(align=True)
     looks.enabled = is_worn
     button = looks.operator("populace.reroll", text="", icon="TEXTURE")
     button.part, button.kinds = part, "TEX"
-    row.operator("populace.swap_part", text="", icon="ARROW_LEFTRIGHT").part = part
+    if other_human(context) is not None:
+        row.operator("populace.swap_part", text="", icon="ARROW_LEFTRIGHT").part = part
     off = row.row(align=True)
     off.enabled = is_worn and part != family.parts[0]
     off.operator("populace.remove_part", text="", icon="X").part = part
+
+
+def _parts(family: Family, worn: set[str]) -> list[str]:
+    """The body, then what is worn from top to toe as the attributes list it. A part that nothing can be chosen of is
+    only there if it is worn."""
+    order = [attribute.name for attribute in family.attributes]
+    shown = [part for part in family.parts if part in worn or part in order]
+    return sorted(shown, key=lambda part: order.index(part) if part in order else -1)
 
 
 def _part_of(attribute: Attribute, family: Family) -> str | None:

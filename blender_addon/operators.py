@@ -11,7 +11,7 @@ from typing import Any
 import bpy
 from bpy.props import EnumProperty, StringProperty
 
-from . import attributes, preferences, recipes, scene, snippets, tasks
+from . import attributes, preferences, process, recipes, scene, snippets, tasks
 from .actions import Action, Result, Work, has_human, in_object_mode, needs
 from .messages import BackendError, Request
 from .properties import MAX_SEED, RANDOM_SEEDS, active_human, output_of, request_properties, take_request
@@ -164,7 +164,7 @@ class POPULACE_OT_start_backend(bpy.types.Operator):
         return needs(cls, why, state is None or not busy or state.trouble is not None)
 
     def execute(self, context: bpy.types.Context) -> Result:
-        if not preferences.refresh():
+        if not preferences.refresh() and process.find_running() is None:
             self.report({"ERROR"}, "The generator was not found: choose its Python in the add-on's preferences")
             return {"CANCELLED"}
         tasks.working_session().restart()

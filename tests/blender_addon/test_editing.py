@@ -4,32 +4,55 @@
 from __future__ import annotations
 
 import json
-import time
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.blender_addon import making
+from tests.blender_addon.conftest import PACKAGE, REPOSITORY
 from tests.blender_addon.test_blender import people, pump_until
-from tests.blender_addon.test_end_to_end import SMALL, real
+from tests.blender_addon.test_end_to_end import SMALL
 from tests.blender_addon.test_scene import counts, read
-
-__all__ = ["real"]  # a fixture
 
 PEOPLE = {"family": "people", "grid_resolution": 64, "faces": 1500, "texture_size": "512"}
 CAPSULE = SMALL | {"texture_size": "512"}
+PATIENCE_S = 180
+
+
+@pytest.fixture(scope="module")
+def backend_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One backend for all tests here, since its start is what takes long."""
+    home = tmp_path_factory.mktemp("höme 中")
+    env = os.environ | {"POPULACE_HOME": str(home), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "backend", "serve", "--stay", "--json"]
+    with subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert b"runtime_file" in process.stdout.readline()
+        yield home
+        process.terminate()
 
 
 @pytest.fixture
-def at_work(real: SimpleNamespace) -> Iterator[SimpleNamespace]:
-    """Connected, with the sliders of the families; operators that wait use the same backend."""
-    real.bpy.ops.populace.start_backend()
-    state = real.tasks.session()
-    pump_until(real, lambda: state.link is real.session.Link.READY, 180)
-    real.tasks.pump()
-    yield real
+def at_work(
+    addon: SimpleNamespace, backend_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SimpleNamespace]:
+    """The add-on connected, with the sliders of the families; operators that wait use the same backend."""
+    monkeypatch.setenv("POPULACE_HOME", str(backend_home))
+    preferences = addon.bpy.context.preferences.addons[PACKAGE].preferences
+    preferences.python = sys.executable
+    addon.bpy.ops.populace.start_backend()
+    state = addon.tasks.session()
+    pump_until(addon, lambda: state.link is addon.session.Link.READY, PATIENCE_S)
+    addon.tasks.pump()
+    yield addon
+    preferences.python = ""
 
 
 def create(addon: SimpleNamespace, **settings: Any) -> Any:
@@ -60,13 +83,13 @@ def test_slider_previews_then_makes_the_person_in_full(at_work: SimpleNamespace)
     sliders.top_color = (1.0, 0.0, 0.0)
     assert sliders.height_m == pytest.approx(1.9), "the slider shows what is wanted"
     assert body(root).data == original, "setting only notes"
-    pump_until(at_work, lambda: body(root).data != original, 60)
+    pump_until(at_work, lambda: body(root).data != original, PATIENCE_S)
     shown = body(root).data
     assert shown[at_work.replacing.ORIGINAL] == original
     assert len(shown.polygons) <= 6000 < len(original.polygons)
     assert height_of(root) == pytest.approx(1.9, abs=0.02)
     assert root.populace.height_m < 1.89, "a preview is nobody yet"
-    pump_until(at_work, lambda: root.populace.height_m > 1.89, 60)
+    pump_until(at_work, lambda: root.populace.height_m > 1.89, PATIENCE_S)
     assert (root.name, tuple(root.location)) == ("Ada", (1, 2, 3))
     assert [m.name for m in body(root).modifiers] == ["Rig", "Mine"]
     assert body(root).modifiers["Rig"].object == root
@@ -87,7 +110,7 @@ def test_one_undo_step_for_an_edit_and_none_for_previews(at_work: SimpleNamespac
     original = body(root).data.name
     for wanted in (1.6, 1.7, 1.8):
         sliders.height_m = wanted
-        pump_until(at_work, lambda: at_work.replacing.ORIGINAL in body(people(bpy)[0]).data, 60)
+        pump_until(at_work, lambda: at_work.replacing.ORIGINAL in body(people(bpy)[0]).data, PATIENCE_S)
     bpy.ops.ed.undo_push(message="something of the user's")
     bpy.ops.ed.undo()
     root = people(bpy)[0]
@@ -95,7 +118,7 @@ def test_one_undo_step_for_an_edit_and_none_for_previews(at_work: SimpleNamespac
     was = root.populace.height_m
     assert sliders.height_m == pytest.approx(was, abs=2e-3), "and nothing is wanted any more"
     sliders.height_m = 1.85
-    pump_until(at_work, lambda: people(bpy)[0].populace.height_m > 1.84, 60)
+    pump_until(at_work, lambda: people(bpy)[0].populace.height_m > 1.84, PATIENCE_S)
     bpy.ops.ed.undo()
     assert people(bpy)[0].populace.height_m == pytest.approx(was)
     bpy.ops.ed.redo()
@@ -114,7 +137,7 @@ def test_mix_two_people(at_work: SimpleNamespace) -> None:
     b.select_set(True)
     tools = bpy.context.window_manager.populace
     tools.mix = 1.0
-    pump_until(at_work, lambda: len(a.populace.versions) == 3, 60)
+    pump_until(at_work, lambda: len(a.populace.versions) == 3, PATIENCE_S)
     now = at_work.packet.recipe_latents(json.loads(a.populace.recipe))["body/shape"][0]
     assert np.allclose(now, latents[1], atol=1e-6)
     assert tools.mix == 0, "the slider is back"
@@ -138,7 +161,6 @@ def test_versions_come_back_to_the_bit(at_work: SimpleNamespace) -> None:
 
 
 def test_versions_are_bounded_and_the_first_one_stays(addon: SimpleNamespace) -> None:
-    from tests.blender_addon import making
     human = addon.packet.read(making.packet())
     root, _ = addon.scene.insert(addon.bpy.context, human, addon.scene.Batch("H", 1, (0, 0, 0)))
     first = root.populace.versions[0].recipe
@@ -157,7 +179,7 @@ def test_sheet_of_variants(at_work: SimpleNamespace) -> None:
     assert bpy.ops.populace.make_variants(amount=0.4, seed=70) == {"FINISHED"}
     sheet = at_work.editing.sheet(root)
     assert [variant.seed for variant in sheet] == list(range(70, 76))
-    pump_until(at_work, lambda: all(variant.key for variant in sheet), 120)
+    pump_until(at_work, lambda: all(variant.key for variant in sheet), PATIENCE_S)
     assert len({variant.key for variant in sheet}) == 6, "six different people"
     assert counts(bpy) == before, "pictures make no datablocks"
     assert not at_work.tasks.session().jobs
@@ -172,7 +194,6 @@ def test_saved_reopened_and_edited_again(at_work: SimpleNamespace, tmp_path: Any
     bpy = at_work.bpy
     root = create(at_work, seed=5)
     bpy.ops.populace.set_attributes(values='{"height_m": 1.6}')
-    bpy.context.window_manager.populace  # noqa: B018
     path = str(tmp_path / "people ö.blend")
     bpy.ops.wm.save_as_mainfile(filepath=path)
     bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
@@ -192,7 +213,7 @@ def test_saving_during_a_preview_saves_the_person(at_work: SimpleNamespace, tmp_
     root = create(at_work, seed=5, faces=3000)
     original = body(root).data.name
     at_work.attributes.sliders(bpy.context, "capsule").height_m = 1.9
-    pump_until(at_work, lambda: at_work.replacing.ORIGINAL in body(root).data, 60)
+    pump_until(at_work, lambda: at_work.replacing.ORIGINAL in body(root).data, PATIENCE_S)
     path = str(tmp_path / "preview.blend")
     bpy.ops.wm.save_as_mainfile(filepath=path)
     bpy.ops.wm.open_mainfile(filepath=path)
@@ -310,7 +331,7 @@ def test_deleted_during_an_edit_comes_back_as_new(at_work: SimpleNamespace) -> N
     target = at_work.editing.Edit(root.populace.uuid, "Edit")
     job = at_work.tasks.send(at_work.editing.request(root, [{"op": "set", "values": {"weight": 0.9}}]), target)
     bpy.data.batch_remove([*root.children, root])
-    pump_until(at_work, lambda: job.taken, 60)
+    pump_until(at_work, lambda: job.taken, PATIENCE_S)
     assert len(people(bpy)) == 1
     assert "was deleted" in job.note
 
@@ -331,14 +352,12 @@ def test_fifty_edits_leave_nothing_behind(at_work: SimpleNamespace) -> None:
     """Without the backend's part: the same person again and again in the place of another."""
     bpy = at_work.bpy
     root = create(at_work, seed=3)
-    humans = [at_work.client.Client(__import__("sys").executable).generate(seed=i, **SMALL) for i in (4, 5)]
+    humans = list(at_work.client.Client(sys.executable).generate_all(
+        at_work.messages.Request(seed=i, **SMALL) for i in (4, 5)))  # fmt: skip
     before = counts(bpy)
-    slowest = 0.0
     for i in range(50):
         human = humans[i % 2]
         at_work.replacing.show_preview(bpy.context, root, human)
-        began = time.perf_counter()
         root = at_work.replacing.replace(bpy.context, root, human, with_rig=True)
-        slowest = max(slowest, time.perf_counter() - began)
         root.populace.fill(root.populace.uuid, human)
     assert counts(bpy) == before
