@@ -50,7 +50,7 @@ class Arrival:
 
     crowd: str
     person: str
-    operator: str = "crowd_arrival"  # who takes the person, see `tasks`
+    operator: str  # who takes the person in, see `tasks`
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -100,6 +100,14 @@ def settings(crowd: bpy.types.Collection) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("not settings")
     return found
+
+
+def display(crowd: bpy.types.Collection) -> str:
+    """How the viewport shows it; "" if its settings cannot be read."""
+    try:
+        return str(settings(crowd).get("display", ""))
+    except (ValueError, KeyError):
+        return ""
 
 
 def request(person: bpy.types.Collection) -> Request:
@@ -245,13 +253,11 @@ def arrive(context: bpy.types.Context, human: Human, arrival: Arrival) -> bool:
     return True
 
 
-def set_display(crowd: bpy.types.Collection, display: str) -> None:
+def set_display(crowd: bpy.types.Collection, wanted: str) -> None:
     """How the viewport shows people: FULL by level of detail, LIGHT by the coarsest level, BOX as manikins."""
     for person in people(crowd):
-        _show_proxy(crowd, person, display)
-    asked = settings(crowd)
-    if asked["display"] != display:
-        crowd[SETTINGS] = json.dumps({**asked, "display": display}, sort_keys=True)
+        _show_proxy(crowd, person, wanted)
+    crowd[SETTINGS] = json.dumps({**settings(crowd), "display": wanted}, sort_keys=True)
 
 
 def update_levels(context: bpy.types.Context, crowd: bpy.types.Collection) -> int:
@@ -314,7 +320,7 @@ def _key(want: Request) -> str:
 
 
 def _new_person(stage: scene.Stage, crowd: bpy.types.Collection, want: Request, number: int,
-                display: str) -> bpy.types.Collection:  # fmt: skip
+                shown: str) -> bpy.types.Collection:  # fmt: skip
     """Collections for all levels with the proxy in each, so that an arrival moves no placement."""
     person = stage.new(bpy.data.collections, f"Person {number}")
     person[PERSON] = uuid.uuid4().hex
@@ -329,7 +335,7 @@ def _new_person(stage: scene.Stage, crowd: bpy.types.Collection, want: Request, 
         made.objects.link(proxy)
         person.children.link(made)
     _pool(crowd).children.link(person)
-    _show_proxy(crowd, person, display)
+    _show_proxy(crowd, person, shown)
     return person
 
 
@@ -344,17 +350,17 @@ def _new_placement(stage: scene.Stage, crowd: bpy.types.Collection, number: int)
     return place
 
 
-def _show_proxy(crowd: bpy.types.Collection, person: bpy.types.Collection, display: str) -> None:
+def _show_proxy(crowd: bpy.types.Collection, person: bpy.types.Collection, wanted: str) -> None:
     """Full meshes or the proxy; the proxy is the coarsest mesh or the manikin in the person's size."""
     bodies = [o for o in person.all_objects if PROXY not in o]
     proxy = next(o for o in person.all_objects if PROXY in o)
-    is_full = display == "FULL" and bool(bodies)
+    is_full = wanted == "FULL" and bool(bodies)
     for body in bodies:
         body.hide_viewport, body.hide_render = not is_full, False
     proxy.hide_viewport = is_full
     coarsest = [o for o in _levels(person)[-1].objects if PROXY not in o]
     manikin = _pool(crowd)[PROXY]
-    data = coarsest[0].data if display != "BOX" and len(coarsest) == 1 else manikin
+    data = coarsest[0].data if wanted != "BOX" and len(coarsest) == 1 else manikin
     if proxy.data != data:
         proxy.data = data
     height = next((o.populace.height_m for o in bodies if o.populace.uuid), HEIGHT_M)

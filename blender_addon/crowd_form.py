@@ -44,10 +44,10 @@ def crowd_properties() -> dict[str, Any]:
             "crowd again", min=0, max=MAX_SEED, default=1),
         "where": EnumProperty(
             name="Where", description="What the people stand on", default="GRID", items=[
-                ("SURFACE", "Surface", "Anywhere on a mesh that is flat enough", "SURFACE_DATA", 0),
-                ("CURVE", "Curve", "Along a curve, or in a band around it", "CURVE_DATA", 1),
-                ("GRID", "Grid", "In rows around the 3D cursor", "LIGHTPROBE_VOLUME", 2),
-                ("MARKERS", "Markers", "One at each selected object, turned like it", "EMPTY_AXIS", 3)]),
+                ("SURFACE", "Surface", "Anywhere on a mesh that is flat enough"),
+                ("CURVE", "Curve", "Along a curve, or in a band around it"),
+                ("GRID", "Grid", "In rows around the 3D cursor"),
+                ("MARKERS", "Markers", "One at each selected object, turned like it")]),
         "distance": FloatProperty(
             name="Min Distance", description="No two people are nearer to each other, in metres", min=0.0, max=100.0,
             default=0.9, precision=2),
@@ -85,7 +85,8 @@ def crowd_properties() -> dict[str, Any]:
             items=[("FULL", "Full", "By level of detail, as the render does"),
                    ("LIGHT", "Light", "All by their coarsest level"), ("BOX", "Manikins", "As boxes, the lightest")]),
         "lods": IntProperty(
-            name="Levels", description="Levels of detail, each with a quarter of the faces", min=1, max=4, default=3),
+            name="Levels", description="Levels of detail, each with a quarter of the faces. Below 2000 faces people "
+            "lose their shape", min=1, max=4, default=2),
         "lod_distance": FloatProperty(
             name="LOD Distance", description="Nearer to the camera people are shown in full; each doubling of this "
             "distance, in metres, is one level coarser", min=0.1, soft_max=100.0, default=8.0, precision=1),

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S: Final = 0.5
 WATCH_AFTER_S: Final = 2.0
-MAKE_STEP: Final = "Make Crowd"  # the undo step that arrivals replace
+ARRIVAL: Final = "_arrival"
 ON: Final = "populace_on"  # on a crowd's collection: what its people stand on
 TARGET: Final = "populace_target"  # what they look at
 
@@ -92,7 +92,7 @@ class POPULACE_OT_make_crowd(_CrowdOperator, bpy.types.Operator):
     """Make different people and let them stand in many places. Manikins hold the places until the people arrive"""
 
     bl_idname = "populace.make_crowd"
-    bl_label = MAKE_STEP
+    bl_label = "Make Crowd"
     bl_options = {"UNDO"}  # noqa: RUF012
 
     __annotations__ = {
@@ -136,32 +136,6 @@ class POPULACE_OT_update_crowd(_CrowdOperator, bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> Result:
         return self._run(context, crowd.active(context))
-
-
-class POPULACE_OT_crowd_arrival(bpy.types.Operator):
-    """Put this person into the crowd"""
-
-    bl_idname = "populace.crowd_arrival"
-    bl_label = "Crowd Arrival"
-    bl_options = {"UNDO_GROUPED", "INTERNAL"}  # noqa: RUF012
-    bl_undo_group = MAKE_STEP  # in place of the crowd's own step, while that is the last one
-
-    job_id: StringProperty(options={"SKIP_SAVE"})
-
-    def execute(self, context: bpy.types.Context) -> Result:
-        state = tasks.session()
-        job = state.jobs.get(self.job_id) if state is not None else None
-        if state is None or job is None or job.human is None or not isinstance(job.tag, crowd.Arrival):
-            self.report({"WARNING"}, "This job is no longer in the list")
-            return {"CANCELLED"}
-        if crowd.arrive(context, job.human, job.tag):
-            job.note = ""
-            return {"FINISHED"}
-        job.note = "Its crowd is not in this file any more"
-        for other in list(state.jobs.values()):  # nobody waits for the rest either
-            if isinstance(other.tag, crowd.Arrival) and other.tag == job.tag:
-                state.cancel(other.id)
-        return {"CANCELLED"}
 
 
 class POPULACE_OT_make_missing(bpy.types.Operator):
@@ -378,9 +352,10 @@ def _not_asked(made: bpy.types.Collection) -> list[bpy.types.Collection]:
 def _request(operator: bpy.types.Operator, context: bpy.types.Context, made: bpy.types.Collection,
              wait: bool) -> Result:  # fmt: skip
     """Let everybody be made who is missing: later, or now where timers never fire."""
-    absent = [(crowd.Arrival(made[crowd.CROWD], person[crowd.PERSON]), crowd.request(person))
+    takes = operator.bl_idname.partition("_OT_")[2] + ARRIVAL
+    absent = [(crowd.Arrival(made[crowd.CROWD], person[crowd.PERSON], takes), crowd.request(person))
               for person in _not_asked(made)]  # fmt: skip
-    if not (wait or bpy.app.background):
+    if not _must_wait(wait):
         wanted = {person[crowd.PERSON] for person in crowd.people(made)}
         working = tasks.working_session()
         for job in on_the_way(made):
@@ -399,6 +374,10 @@ def _request(operator: bpy.types.Operator, context: bpy.types.Context, made: bpy
         log.warning("crowd: %s", error)
         operator.report({"ERROR"}, f"{error} {done} of {len(absent)} people were made.")
     return {"FINISHED"}
+
+
+def _must_wait(wait: bool) -> bool:
+    return wait or bpy.app.background  # timers never fire there
 
 
 def _object(context: bpy.types.Context, name: str) -> bpy.types.Object | None:
@@ -472,10 +451,46 @@ def _watch() -> float:
     return WATCH_INTERVAL_S
 
 
+class _ArrivalOperator:
+    """Put this person into the crowd"""
+
+    bl_label = "Crowd Arrival"
+    bl_options = {"UNDO_GROUPED", "INTERNAL"}  # noqa: RUF012
+
+    __annotations__ = {"job_id": StringProperty(options={"SKIP_SAVE"})}
+
+    def execute(self, context: bpy.types.Context) -> Result:
+        state = tasks.session()
+        job = state.jobs.get(self.job_id) if state is not None else None
+        if state is None or job is None or job.human is None or not isinstance(job.tag, crowd.Arrival):
+            self.report({"WARNING"}, "This job is no longer in the list")
+            return {"CANCELLED"}
+        if crowd.arrive(context, job.human, job.tag):
+            job.note = ""
+            return {"FINISHED"}
+        job.note = "Its crowd is not in this file any more"
+        if crowd.find(context.scene, job.tag.crowd) is None:  # nobody waits for the rest either
+            for other in list(state.jobs.values()):
+                if isinstance(other.tag, crowd.Arrival) and other.tag.crowd == job.tag.crowd:
+                    state.cancel(other.id)
+        return {"CANCELLED"}
+
+
+def _arrival(asked: type[bpy.types.Operator]) -> type[bpy.types.Operator]:
+    """The operator that takes in whom `asked` had made: its undo step replaces that of `asked` while that is the last,
+    so that both are one."""
+    name = asked.bl_idname.partition(".")[2] + ARRIVAL
+    parts = {"bl_idname": f"populace.{name}", "bl_undo_group": asked.bl_label, "__doc__": _ArrivalOperator.__doc__,
+             "__annotations__": _ArrivalOperator.__annotations__}  # fmt: skip
+    return type(f"POPULACE_OT_{name}", (_ArrivalOperator, bpy.types.Operator), parts)
+
+
 _CLASSES = (
-    POPULACE_OT_make_crowd, POPULACE_OT_update_crowd, POPULACE_OT_crowd_arrival,
+    POPULACE_OT_make_crowd, POPULACE_OT_update_crowd,
     POPULACE_OT_make_missing, POPULACE_OT_cancel_crowd, POPULACE_OT_reseed_placement, POPULACE_OT_swap_placement,
     POPULACE_OT_update_lods, POPULACE_OT_crowd_display, POPULACE_OT_remove_crowd, POPULACE_OT_crowd_form,
+    *map(_arrival, (POPULACE_OT_make_crowd, POPULACE_OT_update_crowd, POPULACE_OT_make_missing,
+                    POPULACE_OT_reseed_placement)),
 )  # fmt: skip
 
 

@@ -68,8 +68,9 @@ def _draw_crowd(layout: Any, context: bpy.types.Context, made: bpy.types.Collect
         if absent:
             box.operator("populace.make_missing", text=f"Make {absent} Missing", icon="PLAY")
     row = box.row(align=True)
+    now = crowd.display(made)
     for display, text in (("FULL", "Full"), ("LIGHT", "Light"), ("BOX", "Manikins")):
-        row.operator("populace.crowd_display", text=text).display = display
+        row.operator("populace.crowd_display", text=text, depress=now == display).display = display
     row = box.row(align=True)
     row.operator("populace.update_lods", icon="CAMERA_DATA")
     row.prop(context.scene.populace_crowd, "live", text="", icon="PLAY", toggle=True)

@@ -20,6 +20,7 @@ from tests.blender_addon.test_scene import counts
 
 LEVELS = 3
 MAPS = sum(name.endswith(".png") for name in making.ball())
+SAME = {"seed": 3, "spread": 0.0, "lods": LEVELS}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def person(seed: int = 0) -> bytes:
 
 def make(layout: SimpleNamespace, **settings: Any) -> Any:
     """A crowd, by the operator that scripts call."""
-    settings = {"people": 4, "placements": 12, "seed": 3, "spread": 0.0} | settings
+    settings = {"people": 4, "placements": 12} | SAME | settings
     assert layout.bpy.ops.populace.make_crowd(**settings) == {"FINISHED"}
     return layout.crowd.crowds(layout.bpy.context.scene)[-1]
 
@@ -226,11 +227,11 @@ def test_applying_settings_keeps_who_fits_them(layout: SimpleNamespace) -> None:
     layout.bpy.ops.populace.reseed_placement(seed=90)
     mine = chosen[layout.crowd.PERSON]
     layout.asked.clear()
-    assert layout.bpy.ops.populace.update_crowd(people=6, placements=20, seed=3, spread=0.0) == {"FINISHED"}
+    assert layout.bpy.ops.populace.update_crowd(people=6, placements=20, **SAME) == {"FINISHED"}
     assert [r.seed for r in layout.asked] == [7, 8]
     assert len(layout.crowd.placements(crowd)) == 20
     assert layout.crowd.placements(crowd)[2][layout.crowd.PERSON] == mine, "chosen by hand"
-    assert layout.bpy.ops.populace.update_crowd(people=2, placements=2, seed=3, spread=0.0) == {"FINISHED"}
+    assert layout.bpy.ops.populace.update_crowd(people=2, placements=2, **SAME) == {"FINISHED"}
     assert len(layout.crowd.people(crowd)) == 2
     assert len(layout.bpy.data.meshes) == 2 * LEVELS + 1
 
@@ -276,8 +277,8 @@ def test_saved_reopened_and_changed(layout: SimpleNamespace, tmp_path: Path) -> 
     assert form.mix[0].value == [30, 40]
     assert form.mix[1].value == pytest.approx([1, 0, 0])
     layout.asked.clear()
-    assert bpy.ops.populace.update_crowd(where="SURFACE", on=floor, mix=mix, people=4, placements=12, seed=3,
-                                         spread=0.0) == {"FINISHED"}  # fmt: skip
+    assert bpy.ops.populace.update_crowd(where="SURFACE", on=floor, mix=mix, people=4, placements=12,
+                                         **SAME) == {"FINISHED"}  # fmt: skip
     assert layout.asked == [], "nobody is made anew"
     assert state(layout, crowd) == before
     layout.crowd.placements(crowd)[0].select_set(True)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Makes a crowd by mouse in a real window, on a plane, and photographs it: in progress, done, one person changed.
+
+A driver: whatever runs it gives `gui` (shot, click, click_word, key, type, until, region) and has opened the tab. It
+wants a generator that runs already. Pictures go to the folder POPULACE_SHOTS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import bpy
+from mathutils import Quaternion, Vector
+
+SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
+PEOPLE = int(os.environ.get("POPULACE_PEOPLE", "20"))
+PLACES = int(os.environ.get("POPULACE_PLACES", "100"))
+
+
+def crowds() -> list[Any]:
+    return [c for c in bpy.data.collections if "populace_crowd" in c]
+
+
+def arrived() -> int:
+    return sum(bool(o.populace.uuid) for o in bpy.data.objects)
+
+
+def stage() -> None:
+    """A floor that people stand on, a sun and a camera at eye height."""
+    for o in list(bpy.data.objects):
+        bpy.data.objects.remove(o)
+    bpy.ops.mesh.primitive_plane_add(size=18)
+    floor = bpy.context.object
+    floor.name = "Square"
+    material = bpy.data.materials.new("Paving")
+    material.diffuse_color = (0.34, 0.33, 0.31, 1)
+    floor.data.materials.append(material)
+    bpy.ops.object.light_add(type="SUN", rotation=(0.7, 0.2, 0.5))
+    bpy.context.object.data.energy = 3
+    bpy.ops.object.camera_add(location=(0, -13, 3.2), rotation=(1.36, 0, 0))
+    bpy.context.scene.camera = bpy.context.object
+    bpy.ops.object.select_all(action="DESELECT")
+
+
+def look(gui: Any, at: tuple[float, float, float], distance: float, tilt: float = 1.25, turn: float = 0.25) -> None:
+    view = gui.area().spaces.active
+    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
+    view.shading.show_cavity = True
+    view.overlay.show_relationship_lines = view.overlay.show_extras = False
+    view.lens = 50
+    view.region_3d.view_location, view.region_3d.view_distance = Vector(at), distance
+    view.region_3d.view_rotation = Quaternion((0, 0, 1), turn) @ Quaternion((1, 0, 0), tilt)
+
+
+def seen(gui: Any, word: str, tries: int = 8) -> Iterator[Any]:
+    """Where a word of the sidebar is, once it is drawn: `x, y = yield from seen(...)`."""
+    while True:
+        try:
+            return gui.find_word(word, gui.region("UI"))
+        except RuntimeError:
+            tries -= 1
+            if not tries:
+                raise
+        yield 1.0
+
+
+def press(gui: Any, word: str) -> Iterator[Any]:
+    x, y = yield from seen(gui, word)
+    yield from gui.click(x, y)
+
+
+def field(gui: Any, label: str, text: str, away: int = 150) -> Iterator[Any]:
+    """Type into the field right of a label."""
+    x, y = yield from seen(gui, label)
+    yield from gui.click(x + away, y, count=2)
+    gui.key("ctrl+a")
+    gui.type(text)
+    gui.key("Return")
+    yield 0.4
+
+
+def drive(gui: Any) -> Iterator[Any]:
+    stage()
+    look(gui, (0, -1, 0.8), 20)
+    form = bpy.context.scene.populace_crowd
+    yield 1
+    yield from press(gui, "Crowd")
+    yield 2.0
+    gui.shot(f"{SHOTS}/crowd_form.png")
+    yield from field(gui, "People", str(PEOPLE))
+    yield from field(gui, "Placements", str(PLACES))
+    assert (form.people, form.placements) == (PEOPLE, PLACES)
+    yield from press(gui, "Surface")
+    yield from gui.until(lambda: form.where == "SURFACE")
+    yield 0.6
+    x, y = yield from seen(gui, "Slope")
+    yield from gui.click(x + 120, y - 24)  # the field above: the surface
+    yield 0.6
+    gui.type("Square")
+    yield 0.5
+    gui.key("Return")
+    yield from gui.until(lambda: form.surface is not None)
+    yield 0.5
+    gui.shot(f"{SHOTS}/crowd_filled.png")
+    yield from press(gui, "Make")
+    yield from gui.until(lambda: crowds())
+    yield 1.5
+    gui.shot(f"{SHOTS}/crowd_manikins.png")
+    yield from gui.until(lambda: arrived() >= PEOPLE // 3, timeout=600)
+    yield 1
+    gui.shot(f"{SHOTS}/crowd_progress.png")
+    yield from gui.until(lambda: arrived() >= PEOPLE, timeout=900)
+    yield 2
+    gui.shot(f"{SHOTS}/crowd_done.png")
+    look(gui, (0, -6, 0.9), 8, 1.45, 0.1)
+    bpy.ops.populace.crowd_display(display="FULL")
+    yield 2
+    gui.shot(f"{SHOTS}/crowd_near.png")
+
+    # One click undoes the crowd, and one brings it back.
+    gui.move(500, 500)
+    yield 0.3
+    bpy.ops.populace.crowd_display(display="LIGHT")
+    steps = 0
+    while crowds() and steps < 4:
+        with gui.override():
+            bpy.ops.ed.undo()
+        steps += 1
+        yield 0.5
+    print(f"undo steps to the empty square: {steps}")
+    with gui.override():
+        bpy.ops.ed.redo()
+    yield 1
+    assert arrived() == PEOPLE, "one step holds everybody"
+
+    # Another person at one place, by the button.
+    place = min((o for o in crowds()[0].objects if "populace_placement" in o), key=lambda o: o.location.y)
+    others = {o.name: o.instance_collection.name for o in crowds()[0].objects if o != place}
+    bpy.ops.object.select_all(action="DESELECT")
+    place.select_set(True)
+    bpy.context.view_layer.objects.active = place
+    look(gui, tuple(place.location + Vector((0, 0, 0.9))), 4, 1.45, 0.0)
+    yield 2
+    gui.shot(f"{SHOTS}/crowd_before_reseed.png")
+    yield from press(gui, "New")
+    yield from gui.until(lambda: arrived() > PEOPLE, timeout=120)
+    yield 2
+    gui.shot(f"{SHOTS}/crowd_after_reseed.png")
+    assert others == {o.name: o.instance_collection.name for o in crowds()[0].objects if o.name in others}
+    bpy.ops.wm.save_as_mainfile(filepath=f"{SHOTS}/crowd.blend")
