@@ -31,7 +31,7 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> l
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     chunks, at = [], 0
     for name in order:
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")  # ascontiguousarray would give a lone number a dimension
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         header[name] = {"dtype": _DTYPE_NAMES[array.dtype], "shape": list(array.shape),
                         "data_offsets": [at, at + array.nbytes]}  # fmt: skip
