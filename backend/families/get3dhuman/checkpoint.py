@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import nn
 
 from backend import checkpoints
 from backend.checkpoints import Converted, StoredTensor
@@ -40,12 +40,10 @@ def convert(content: Any, file: str, own: bool = False) -> Converted:
                                   f"net (rnet.*), which are in {FILES[0]} and {FILES[1]}")  # fmt: skip
     config = _config(found, own)
     notes = {"title": "Get3DHuman's generators"}
-    with torch.device("meta"):
-        network = Get3DHuman(config)
-    return Converted(NAMES[0], _taken(network, found, file), to_metadata(config) | notes)
+    return Converted(NAMES[0], _taken(Get3DHuman(config), found, file), to_metadata(config) | notes)
 
 
-def _taken(network: torch.nn.Module, found: Mapping[str, StoredTensor], file: str) -> dict[str, Any]:
+def _taken(network: nn.Module, found: Mapping[str, StoredTensor], file: str) -> dict[str, Any]:
     """float32 arrays of a network's tensors. Counters of normalisation are left out: nothing reads them."""
     state = network.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
@@ -61,8 +59,8 @@ def _config(found: Mapping[str, StoredTensor], own: bool) -> Config:
         blocks = [int(m[1]) for name in found if (m := re.match(r"backbone_shape\.synthesis\.b(\d+)\.", name))]
         w_dim, z_dim = _sizes(found, "backbone_shape.mapping.fc0.weight", config.w_dim, config.z_dim)[:2]
         stem = _sizes(found, "filter_shape.conv1.bias", config.stem)[0]
-        widths = {branch: tuple(_sizes(found, f"mlp_{branch}.filters.{i}.bias", 0)[0] for i in range(count))
-                  for branch, count in (("shape", 3), ("texture", 4))}  # fmt: skip
+        widths = {branch: tuple(_sizes(found, f"mlp_{branch}.filters.{i}.bias", w)[0] for i, w in enumerate(published))
+                  for branch, published in (("shape", config.shape_widths), ("texture", config.texture_widths))}
         config = replace(
             config, z_dim=z_dim, w_dim=w_dim, resolution=max(blocks, default=config.resolution), stem=stem,
             mapping_layers=sum(bool(re.match(r"backbone_shape\.mapping\.fc\d+\.bias$", name)) for name in found),

@@ -28,7 +28,6 @@ CM = 100.0  # per metre
 BOUNDS = ((-1.05, -0.11, -0.75), (1.05, 2.0, 0.75))  # metres; within what the feature pictures span
 REMEMBERED = 2  # shapes and textures whose volumes are kept: re-texturing and interpolation come back to them
 EDGE = 0.01  # metres that a cut surface keeps from the box
-PICTURE = 512  # pixels of the views that the refine net was trained on
 ROUGHNESS = 0.8  # nothing is known of the material
 
 Look = Literal["blend", "published", "field"]
@@ -130,8 +129,8 @@ class Texture:
     def pictures(self) -> list[colors.Picture]:
         """Back and front view, refined."""
         assert self.refine is not None, "without a refine net there are no refined views"
-        like = self.shape.volume
-        return [colors.look(self.shape.occupancy, self.own, self.refine, PICTURE, a, like) for a in colors.ANGLES]
+        size, like = self.networks.config.resolution, self.shape.volume  # 512, as the refine net was trained
+        return [colors.look(self.shape.occupancy, self.own, self.refine, size, a, like) for a in colors.ANGLES]
 
     @cached_property
     def blend(self) -> colors.BlendedColors:
