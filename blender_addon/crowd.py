@@ -46,11 +46,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a job of a crowd is for. Ids, since undo and loading a file may take away what they name."""
+    """What a job of a crowd is for, see `tasks.Target`. Ids, since undo and loading a file may take away what they
+    name."""
 
     crowd: str
     person: str
-    operator: str  # who takes the person in, see `tasks`
+    label: str
+    operator: str
+
+    def apply(self, context: bpy.types.Context, human: Human) -> str:
+        return "" if arrive(context, human, self) else "Its crowd is not in this file any more"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

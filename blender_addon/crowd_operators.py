@@ -16,7 +16,8 @@ from typing import Any, Final
 import bpy
 from bpy.props import BoolProperty, IntProperty, StringProperty
 
-from . import crowd, footing, placement, preferences, tasks
+from . import crowd, footing, placement, preferences, snippets, tasks
+from .actions import Action
 from .client import Client
 from .crowd_form import add_row, crowd_properties
 from .messages import BackendError
@@ -53,6 +54,17 @@ class _CrowdOperator:
         self.mix = json.dumps([{"attribute": row.attribute, "value": row.value, "percent": row.percent}
                                for row in form.mix])  # fmt: skip
 
+    arguments = Action.arguments
+
+    def invoke(self, context: bpy.types.Context, event: Any) -> Result:
+        self._fill(context)
+        if event is not None and event.alt:
+            context.window_manager.clipboard = snippets.script(
+                snippets.call(f"populace.{_name(type(self))}", self.arguments()))  # fmt: skip
+            self.report({"INFO"}, "Copied as Python")
+            return {"CANCELLED"}
+        return self.execute(context)
+
     def _asked(self) -> dict[str, Any]:
         """Raises ValueError with a sentence."""
         asked = {name: getattr(self, name) for name in crowd_properties()}
@@ -85,6 +97,7 @@ class _CrowdOperator:
                 made[key] = thing
         if len(places) < asked["placements"] and asked["where"] != "MARKERS":
             self.report({"WARNING"}, f"Only {len(places)} of {asked['placements']} fit at this distance")
+        snippets.note(f"populace.{_name(type(self))}", self.arguments())
         return _request(self, context, made, self.wait)
 
 
@@ -109,10 +122,6 @@ class POPULACE_OT_make_crowd(_CrowdOperator, bpy.types.Operator):
     def poll(cls, context: bpy.types.Context) -> bool:
         return _object_mode(cls, context)
 
-    def invoke(self, context: bpy.types.Context, event: Any) -> Result:
-        self._fill(context)
-        return self._run(context, None)
-
     def execute(self, context: bpy.types.Context) -> Result:
         return self._run(context, None)
 
@@ -129,10 +138,6 @@ class POPULACE_OT_update_crowd(_CrowdOperator, bpy.types.Operator):
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         return _crowd_needed(cls, context)
-
-    def invoke(self, context: bpy.types.Context, event: Any) -> Result:
-        self._fill(context)
-        return self.execute(context)
 
     def execute(self, context: bpy.types.Context) -> Result:
         return self._run(context, crowd.active(context))
@@ -352,17 +357,16 @@ def _not_asked(made: bpy.types.Collection) -> list[bpy.types.Collection]:
 def _request(operator: bpy.types.Operator, context: bpy.types.Context, made: bpy.types.Collection,
              wait: bool) -> Result:  # fmt: skip
     """Let everybody be made who is missing: later, or now where timers never fire."""
-    takes = operator.bl_idname.partition("_OT_")[2] + ARRIVAL
-    absent = [(crowd.Arrival(made[crowd.CROWD], person[crowd.PERSON], takes), crowd.request(person))
+    takes = _name(type(operator)) + ARRIVAL
+    absent = [(crowd.Arrival(made[crowd.CROWD], person[crowd.PERSON], person.name, takes), crowd.request(person))
               for person in _not_asked(made)]  # fmt: skip
     if not _must_wait(wait):
         wanted = {person[crowd.PERSON] for person in crowd.people(made)}
-        working = tasks.working_session()
         for job in on_the_way(made):
             if job.tag.person not in wanted:
-                working.cancel(job.id)
+                tasks.working_session().cancel(job.id)
         for arrival, request in absent:
-            working.submit(Job(request, tag=arrival))
+            tasks.send(request, arrival)
         return {"FINISHED"}
     done = 0
     try:
@@ -374,6 +378,10 @@ def _request(operator: bpy.types.Operator, context: bpy.types.Context, made: bpy
         log.warning("crowd: %s", error)
         operator.report({"ERROR"}, f"{error} {done} of {len(absent)} people were made.")
     return {"FINISHED"}
+
+
+def _name(operator: type) -> str:
+    return operator.__name__.removeprefix("POPULACE_OT_")
 
 
 def _must_wait(wait: bool) -> bool:
@@ -465,10 +473,9 @@ class _ArrivalOperator:
         if state is None or job is None or job.human is None or not isinstance(job.tag, crowd.Arrival):
             self.report({"WARNING"}, "This job is no longer in the list")
             return {"CANCELLED"}
-        if crowd.arrive(context, job.human, job.tag):
-            job.note = ""
+        job.note = job.tag.apply(context, job.human)
+        if not job.note:
             return {"FINISHED"}
-        job.note = "Its crowd is not in this file any more"
         if crowd.find(context.scene, job.tag.crowd) is None:  # nobody waits for the rest either
             for other in list(state.jobs.values()):
                 if isinstance(other.tag, crowd.Arrival) and other.tag.crowd == job.tag.crowd:
@@ -479,7 +486,7 @@ class _ArrivalOperator:
 def _arrival(asked: type[bpy.types.Operator]) -> type[bpy.types.Operator]:
     """The operator that takes in whom `asked` had made: its undo step replaces that of `asked` while that is the last,
     so that both are one."""
-    name = asked.bl_idname.partition(".")[2] + ARRIVAL
+    name = _name(asked) + ARRIVAL
     parts = {"bl_idname": f"populace.{name}", "bl_undo_group": asked.bl_label, "__doc__": _ArrivalOperator.__doc__,
              "__annotations__": _ArrivalOperator.__annotations__}  # fmt: skip
     return type(f"POPULACE_OT_{name}", (_ArrivalOperator, bpy.types.Operator), parts)
