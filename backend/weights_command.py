@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ CHECKPOINTS = ("get3d", "get3dhuman")
 
 def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
     """`command(name, run, text, parent)` makes a subcommand."""
+    parser.add_argument("--leash", action="store_true",
+                        help="for programs: end when stdin closes, say the outcome as a JSON line")  # fmt: skip
     group = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = command("list", _list, "show which weights there are, and whether they are here", group)
+    listing = command("list", _told(_list), "show which weights there are, and whether they are here", group)
     listing.add_argument("--json", action="store_true", help="as JSON")
     command("verify", _verify, "check size and SHA-256 of every file that is here", group)
     describe = command("hash", _hash, "print a file's manifest entry", group)
@@ -33,25 +36,42 @@ def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
     accept = command("accept", _accept, "accept the licence; recorded with its date and hash", group)
     accept.add_argument("name")
     accept.add_argument("--yes", action="store_true", help="do not ask")
-    fetch = command("fetch", _fetch, "download weights, go on where it stopped, check SHA-256", group)
+    fetch = command("fetch", _told(_fetch), "download weights, go on where it stopped, check SHA-256", group)
     fetch.add_argument("name")
     fetch.add_argument("--yes", action="store_true", help="accept the licence and the download without being asked")
-    fetch.add_argument("--json", action="store_true", help="progress and outcome as JSON lines")
-    fetch.add_argument("--leash", action="store_true", help="end when stdin closes: for programs that start this one")
-    bring = command("import", _import, "take in a safetensors file, or an official checkpoint of a family", group)
+    bring = command("import", _told(_import), "take in a safetensors file, or a family's official checkpoint", group)
     bring.add_argument("family", nargs="?", choices=CHECKPOINTS, help="whose authors published the file")
     bring.add_argument("file", type=Path)
     bring.add_argument("--own", action="store_true", help="a checkpoint of your own training, of other sizes")
     bring.add_argument("--name", help="of weights that this version knows, or one of your own; for safetensors")
     bring.add_argument("--licence", default="unknown", help="SPDX id or name, for the record")
-    use = command("use", _use, "use weights in place of others", group)
+    use = command("use", _told(_use), "use weights in place of others", group)
     use.add_argument("name")
     use.add_argument("--for", dest="in_place_of", default="people", help="a family's weights (default: people)")
-    remove = command("remove", _remove, "delete downloaded or imported weights", group)
+    remove = command("remove", _told(_remove), "delete downloaded or imported weights", group)
     remove.add_argument("name")
 
 
-def _list(args: argparse.Namespace) -> None:
+def _told(run: Callable[[argparse.Namespace], dict[str, Any]]) -> Callable[[argparse.Namespace], int]:
+    """With --leash the result is also said as a JSON line, an error as well; other lines are for people."""
+
+    def call(args: argparse.Namespace) -> int:
+        if args.leash:
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+        try:
+            result = run(args)
+        except PopulaceError as error:
+            if args.leash:
+                _say("error", code=error.code, message=error.message, hint=error.hint)
+            raise
+        if args.leash:
+            _say("done", result=result)
+        return 0
+
+    return call
+
+
+def _list(args: argparse.Namespace) -> dict[str, Any]:
     data_dir = Settings.load().data_dir
     used = weights.replacements(data_dir)
     rows = []
@@ -69,13 +89,13 @@ def _list(args: argparse.Namespace) -> None:
             })  # fmt: skip
     if args.json:
         print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
+    for row in rows if not (args.json or args.leash) else ():
         state = "here" if row["here"] else "missing"
         print(f"{row['name']:<12} {row['size'] / 1e6:8.1f} MB  {state:<8} {row['licence']:<12} {row['path']}")
         used_for = f" Used for {', '.join(row['used_for'])}." if row["used_for"] else ""
         obtain = f" {row['source']}" if not row["size"] else ""
         print(f"{'':<12} {row['title']}. {row['provenance']}{used_for}{obtain}")
+    return {"weights": rows}
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -103,20 +123,10 @@ def _accept(args: argparse.Namespace) -> None:
     print(f"Accepted: {manifest.licence} for {manifest.name}")
 
 
-def _fetch(args: argparse.Namespace) -> int:
-    if args.leash:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        loaded = _fetch_now(args)
-    except PopulaceError as error:
-        if args.json:
-            _say("error", code=error.code, message=error.message, hint=error.hint)
-        raise
-    if args.json:
-        _say("done", result={"name": args.name, "bytes": loaded})
-    else:
-        print(f"{args.name}: {loaded / 1e6:.1f} MB loaded, all files are here and verified")
-    return 0
+def _fetch(args: argparse.Namespace) -> dict[str, Any]:
+    loaded = _fetch_now(args)
+    print(f"{args.name}: {loaded / 1e6:.1f} MB loaded, all files are here and verified")
+    return {"name": args.name, "bytes": loaded}
 
 
 def _fetch_now(args: argparse.Namespace) -> int:
@@ -127,11 +137,11 @@ def _fetch_now(args: argparse.Namespace) -> int:
         weight_files.accept(manifest, data_dir)
     elif not (args.yes or manifest.is_here(data_dir)):
         _ask(f"Download {manifest.size / 1e6:.0f} MB from {manifest.files[0].repository}?")
-    with Progress(plain=not args.json) as progress:
+    with Progress(plain=not args.leash) as progress:
 
         def step(name: str, fraction: float) -> None:
             progress.show(f"fetching {name}", fraction)
-            if args.json:
+            if args.leash:
                 text = f"{fraction * manifest.size / 1e6:.0f} of {manifest.size / 1e6:.0f} MB"
                 _say("progress", stage=f"Downloading {name}", fraction=round(fraction, 4), text=text)
 
@@ -166,23 +176,26 @@ def _say(event: str, **what: Any) -> None:
     print(json.dumps({"event": event, **what}), flush=True)
 
 
-def _import(args: argparse.Namespace) -> None:
+def _import(args: argparse.Namespace) -> dict[str, Any]:
     if args.family:
         manifest = weight_files.import_checkpoint(args.family, args.file, Settings.load().data_dir, args.own)
         print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported ({manifest.licence}). {manifest.provenance}")
-        return
+        return {"name": manifest.name, "bytes": manifest.size}
     if not args.name:
         raise PopulaceError("invalid_request", "--name is missing.",
                             f"Give a name, or the family of an official file: {', '.join(CHECKPOINTS)}.")  # fmt: skip
     manifest = weight_files.import_file(args.file, args.name, args.licence, Settings.load().data_dir)
     print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported; to use it: populace weights use {manifest.name}")
+    return {"name": manifest.name, "bytes": manifest.size}
 
 
-def _use(args: argparse.Namespace) -> None:
+def _use(args: argparse.Namespace) -> dict[str, Any]:
     weight_files.use(args.name, args.in_place_of, Settings.load().data_dir)
     print(f"{args.in_place_of} uses {args.name}; it takes effect when the generator starts the next time")
+    return {"name": args.name}
 
 
-def _remove(args: argparse.Namespace) -> None:
+def _remove(args: argparse.Namespace) -> dict[str, Any]:
     freed = weight_files.remove(args.name, Settings.load().data_dir)
     print(f"{args.name}: {freed / 1e6:.1f} MB freed")
+    return {"name": args.name, "freed_bytes": freed}

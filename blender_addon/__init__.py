@@ -35,13 +35,14 @@ def _modules() -> tuple[ModuleType, ...]:
         tasks,
         thumbnails,
         translations,
+        weights,
     )
 
     setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
              if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip
     artist = replacing, thumbnails, editing, attributes, history, edit_operators
-    return (preferences, properties, operators, *artist, crowd_form, crowd_operators, assets, chores, *setup, panel,
-            human_panel, crowd_panel, tasks, command_line, translations)  # fmt: skip
+    return (preferences, properties, operators, *artist, crowd_form, crowd_operators, assets, chores, *setup, weights,
+            panel, human_panel, crowd_panel, tasks, command_line, translations)  # fmt: skip
 
 
 def register() -> None:

@@ -450,7 +450,7 @@ def _fill(job: Job, python: Path, wheel: Wheel, build: str) -> None:
         _pip(job, [*pip, *common, "--no-index", "--find-links", args.wheels, wheel.path], 0.05, 0.95, size)
         return
     packages = ["--index-url", args.package_index] if args.package_index else []
-    common += ["--cache-dir", job.home.cache, "--retries", "5", "--timeout", "30"]
+    common += ["--cache-dir", job.home.cache, "--retries", "3", "--timeout", "30"]
     job.teller.progress("Making the environment", 0.03)
     with contextlib.suppress(SetupError):  # a new pip shows how far a download is and resumes it; the old one works too
         _run(job, *pip, *common, "--quiet", "--upgrade", *packages, "pip>=25.1")
