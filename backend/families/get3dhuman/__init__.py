@@ -18,5 +18,5 @@ INFO = FamilyInfo(
     weights="get3dhuman",
     licence="research use only, as long as the authors do not say otherwise",
     companions=("get3dhuman_refine",),
-    codes={"body/shape": Code(512, normal=True), "body/tex": Code(512, normal=True)},
+    codes={"body/shape": Code(512, normal=True, rows=0), "body/tex": Code(512, normal=True, rows=0)},
 )
