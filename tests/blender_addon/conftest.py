@@ -58,7 +58,7 @@ def addon(bpy: Any) -> SimpleNamespace:
     names = ("api", "attributes", "client", "compat", "edit_operators", "editing", "history", "human_panel",
              "messages", "operators",
              "packet", "panel", "posing", "preferences", "process", "properties", "recipes", "replacing", "scene",
-             "session", "snippets", "tasks", "thumbnails")  # fmt: skip
+             "session", "snippets", "tasks", "thumbnails", "translations")  # fmt: skip
     modules: dict[str, ModuleType] = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in names}
     return SimpleNamespace(bpy=bpy, **modules)
 

@@ -361,3 +361,58 @@ def test_fifty_edits_leave_nothing_behind(at_work: SimpleNamespace) -> None:
         root = at_work.replacing.replace(bpy.context, root, human, with_rig=True)
         root.populace.fill(root.populace.uuid, human)
     assert counts(bpy) == before
+
+
+def test_an_edit_that_follows_at_once_contains_the_first(at_work: SimpleNamespace) -> None:
+    root = create(at_work, seed=3)
+    editing, send = at_work.editing, at_work.tasks.send
+    wanted = editing.request(root, [{"op": "set", "values": {"height_m": 1.9}}])
+    first = send(wanted, editing.target(root, "Height"))
+    wanted = editing.request(root, [{"op": "set", "values": {"top_color": [0.0, 1.0, 0.0]}}])
+    second = send(wanted, editing.target(root, "Colour"))
+    assert first.id not in at_work.tasks.session().jobs
+    pump_until(at_work, lambda: second.taken, PATIENCE_S)
+    assert root.populace.height_m == pytest.approx(1.9, abs=2e-3)
+    assert json.loads(root.populace.attributes)["top_color"] == pytest.approx([0, 1, 0], abs=1e-3)
+    assert [version.label for version in root.populace.versions] == ["Created", "Height, Colour"]
+
+
+def test_what_is_copied_as_python_runs(at_work: SimpleNamespace) -> None:
+    bpy = at_work.bpy
+    root = create(at_work, seed=3)
+    was = read(body(root).data.vertices, "co", 3)
+    for line in at_work.snippets.last:
+        compile(line, "snippet", "exec")
+    request = at_work.recipes.request_of(at_work.recipes.parse(root.populace.recipe))
+    script = at_work.snippets.script(at_work.snippets.person(request, True))
+    exec(compile(script, "snippet", "exec"), {})
+    assert len(people(bpy)) == 2
+    other = next(p for p in people(bpy) if p != root)
+    assert np.array_equal(read(body(other).data.vertices, "co", 3), was)
+    assert at_work.snippets.last[-1].startswith("bpy.ops.populace.generate(")
+    compile(at_work.snippets.client_script(request, PACKAGE), "snippet", "exec")
+
+
+def test_translations_are_of_what_is_said(addon: SimpleNamespace) -> None:
+    """A sentence that was changed in the code and not in the tables would stay English without a word."""
+    from backend import families
+
+    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "blender_addon").glob("*.py")
+                      if path.name != "translations.py")  # fmt: skip
+    titles = {addon.attributes.title(a) for info in families.infos() for a in info.attributes}
+    parts = {part.capitalize() for info in families.infos() for part in info.parts}
+    for table in addon.translations.TABLES.values():
+        lost = [said for said in table if f'"{said}"' not in sources and f"'{said}'" not in sources
+                and said not in titles | parts]  # fmt: skip
+        assert not lost
+        assert all(said.count("{") == other.count("{") for said, other in table.items())
+
+
+def test_what_the_generator_tells_of_itself(at_work: SimpleNamespace) -> None:
+    families = at_work.tasks.session().families
+    people_of = at_work.tasks.session().family("people")
+    assert len(people_of.weights_sha256) == 64
+    assert {"height_m", "top_color", "hair"} <= {a.name for a in people_of.attributes}
+    assert "walking" in people_of.poses
+    assert people_of.parts[0] == "body"
+    assert at_work.recipes.remark({"family": "people", "weights_sha256": ""}, people_of, families)
