@@ -13,7 +13,7 @@ import pytest
 from backend import exports, protocol, runtime
 from backend import packet as backend_packet
 from backend.settings import Settings
-from blender_addon import messages, packet, posing, process
+from blender_addon import installer, messages, packet, posing, process
 from tests.contract import golden
 
 
@@ -50,3 +50,15 @@ def test_runtime_file_is_looked_for_where_the_backend_writes_it(
         tmp_path.chmod(0o700)
         monkeypatch.setenv(variable, str(tmp_path))
     assert Settings.load().runtime_dir in process.runtime_folders()
+
+
+@pytest.mark.parametrize("variable", ["POPULACE_HOME", "POPULACE_DATA_DIR", "XDG_DATA_HOME", ""])
+def test_the_set_up_generator_lies_in_the_backends_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("POPULACE_HOME", "POPULACE_DATA_DIR", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert process.setup_folder() == Settings.load().data_dir / "backend"
+    assert process.POINTER == installer.POINTER
