@@ -82,6 +82,7 @@ class Variant:
     uuid: str
     seed: int
     amount: float
+    part: str = ""  # all
     key: str = ""  # of its thumbnail
     label: str = "Variant"
     operator: str = ""
@@ -242,7 +243,7 @@ def make_sheet(root: bpy.types.Object, amount: float, part: str, seed: int) -> N
     """Ask for small pictures of people near this one. Raises `BackendError`."""
     clear_sheet()
     for i in range(VARIANTS):
-        variant = Variant(root.populace.uuid, seed + i, amount)
+        variant = Variant(root.populace.uuid, seed + i, amount, part)
         wanted = recipes.preview_of(request(root, [vary_edit(seed + i, amount, part)]))
         _sheet.append(variant)
         tasks.send(wanted, variant)

@@ -116,14 +116,14 @@ class POPULACE_PT_variants(_Section, bpy.types.Panel):
         row.operator("populace.make_variants", text="", icon="FILE_REFRESH" if sheet else "PLAY")
         if not sheet:
             return
-        grid = layout.grid_flow(row_major=True, columns=COLUMNS, even_columns=True, even_rows=True, align=True)
+        grid = _grid(layout)
         for variant in sheet:
             cell = grid.column(align=True)
             _picture(cell, variant.key, PICTURE)
             choose = cell.row()
             choose.enabled = bool(variant.key)
             button = choose.operator("populace.vary", text="Choose" if variant.key else "Waiting")
-            button.seed, button.amount = variant.seed, variant.amount
+            button.seed, button.amount, button.part = variant.seed, variant.amount, variant.part
         layout.operator("populace.close_variants", icon="X")
 
 
@@ -228,7 +228,7 @@ def _draw_remarks(layout: Any, context: bpy.types.Context, root: bpy.types.Objec
 
 def _draw_versions(layout: Any, root: bpy.types.Object) -> None:
     about = root.populace
-    grid = layout.grid_flow(row_major=True, columns=COLUMNS, even_columns=True, even_rows=True, align=True)
+    grid = _grid(layout)
     for index in reversed(range(len(about.versions))):
         version = about.versions[index]
         cell = grid.column(align=True)
@@ -236,10 +236,11 @@ def _draw_versions(layout: Any, root: bpy.types.Object) -> None:
         is_now = version.recipe == about.recipe
         button = cell.operator("populace.restore_version", text=version.label, depress=is_now, translate=False)
         button.index = index
+    _pad(grid, len(about.versions))
 
 
 def _draw_favourites(layout: Any, kept: list[history.Favourite], can_replace: bool) -> None:
-    grid = layout.grid_flow(row_major=True, columns=COLUMNS, even_columns=True, even_rows=True, align=True)
+    grid = _grid(layout)
     for one in kept:
         cell = grid.column(align=True)
         _picture(cell, one.key, PICTURE)
@@ -249,6 +250,17 @@ def _draw_favourites(layout: Any, kept: list[history.Favourite], can_replace: bo
             button = row.operator("populace.use_favourite", text="", icon="UV_SYNC_SELECT")
             button.favourite, button.replace = one.id, True
         row.operator("populace.remove_favourite", text="", icon="X").favourite = one.id
+    _pad(grid, len(kept))
+
+
+def _grid(layout: Any) -> Any:
+    return layout.grid_flow(row_major=True, columns=COLUMNS, even_columns=True, even_rows=True, align=True)
+
+
+def _pad(grid: Any, count: int) -> None:
+    """So that a few pictures are as large as many."""
+    for _ in range(-count % COLUMNS):
+        grid.column().label(text="")
 
 
 def _draw_part(layout: Any, context: bpy.types.Context, family: Family, part: str) -> None:
@@ -259,7 +271,7 @@ def _draw_part(layout: Any, context: bpy.types.Context, family: Family, part: st
     row = layout.row(align=True)
     lock = row.operator("populace.lock_part", text="", icon="LOCKED" if is_locked else "UNLOCKED", emboss=False)
     lock.part = part
-    name = row.split(factor=0.32, align=True)
+    name = row.split(factor=0.34, align=True)
     name.label(text=part.capitalize())
     value, color = name.row(align=True), f"{part}_color"
     if group is not None and family.attribute(part) is not None:
@@ -275,9 +287,8 @@ def _draw_part(layout: Any, context: bpy.types.Context, family: Family, part: st
     button.part, button.kinds = part, "TEX"
     if other_human(context) is not None:
         row.operator("populace.swap_part", text="", icon="ARROW_LEFTRIGHT").part = part
-    off = row.row(align=True)
-    off.enabled = is_worn and part != family.parts[0]
-    off.operator("populace.remove_part", text="", icon="X").part = part
+    if is_worn and part != family.parts[0] and family.attribute(part) is None:  # elsewhere there is "None" to choose
+        row.operator("populace.remove_part", text="", icon="X").part = part
 
 
 def _parts(family: Family, worn: set[str]) -> list[str]:
