@@ -127,7 +127,8 @@ def _placed(asset: HumanAsset, preset: Preset) -> HumanAsset:
 
 
 def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, preset: Preset) -> Path:
-    """In a fresh process with a fixed hash seed: Blender's FBX exporter makes its ids with Python's hash()."""
+    """In a fresh process with a fixed hash seed, because Blender's FBX exporter makes its ids with Python's hash(), and
+    with one thread for USD, whose files else differ in the order of their sections."""
     check([form])
     path = folder / f"{name}{_SUFFIXES[form]}"
     with tempfile.TemporaryDirectory(prefix="populace-") as private:
@@ -135,7 +136,8 @@ def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, p
         parcel.write_bytes(packet.dumps(asset))
         order = {"packet": str(parcel), "path": str(path.absolute()), "name": name, "form": form, "up": preset.up,
                  "trouble": str(trouble)}  # fmt: skip
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "BLENDER_USER_RESOURCES": private}
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "BLENDER_USER_RESOURCES": private,
+                       "PXR_WORK_THREAD_LIMIT": "1"}  # fmt: skip
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "backend.interchange_blender", json.dumps(order)], env=environment,

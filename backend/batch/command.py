@@ -36,8 +36,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = PLAN_HELP
     parser.add_argument("--count", type=options.positive, default=1, help="how many people (default: 1)")
-    parser.add_argument("--spread", type=_spread, action="append", default=[], metavar="NAME=...", help="an attribute, "
-                        "the pose or words, over the people: age_years=25..70, or words=woman:60,man:40 in per cent")  # fmt: skip
+    parser.add_argument("--spread", type=_spread, action="append", default=[], metavar="NAME=...",
+                        help="an attribute, the pose or words, over the people: age_years=25..70, or "
+                        "words=woman:60,man:40 in per cent")  # fmt: skip
     options.add_person(parser)
     options.add_shape(parser)
     options.add_quality(parser)

@@ -164,7 +164,7 @@ def run(items: Sequence[Item], out: Path, device: str, start: Callable[[], Execu
             if lost or is_broken:
                 lost += running.values()
                 running.clear()
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(wait=False)
                 executor = start()
             for one in lost:
                 if len(lost) == 1:
@@ -174,7 +174,9 @@ def run(items: Sequence[Item], out: Path, device: str, start: Callable[[], Execu
                     one.is_suspect = True
                     suspects.append(one)
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for future in running:  # only when something was raised here
+            future.cancel()
+        executor.shutdown(wait=False)
     outcome.interrupted = stop.signal
     return outcome
 

@@ -312,7 +312,7 @@ class Deaths(Executor):
                 self.under_way.remove(future)
                 future.set_result(answer)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def shutdown(self, wait: bool = True, **_: Any) -> None:
         pass
 
 
@@ -370,7 +370,7 @@ def test_f28_killed_and_stopped_and_resumed_gives_the_same_files(written: Path, 
     assert subprocess.run([*command, str(whole), "--processes", "1"], env=environment, timeout=120).returncode == 0
     assert (out / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert not (out / ".partial").exists()
-    assert len(events(out, "done")) == 12, "nobody was made twice"
+    assert max(Counter(line["id"] for line in events(out, "done")).values()) == 1, "nobody was made twice"
     assert len(events(out, "interrupted")) == 1
 
 
