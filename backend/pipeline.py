@@ -35,6 +35,7 @@ from backend.render.thumbnail import thumbnail
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
           "bake": 0.18, "shape keys": 0.02, "encode": 0.1}  # fmt: skip
+PIECE = 0.4  # of the largest piece's volume from which on another one belongs to an object: the second shoe
 MIN_FACES = 100  # of one object at a coarse level of detail
 MIN_TEXTURE = 256
 
@@ -59,7 +60,7 @@ def generate(
         with clock.stage("surface"):
             raw = _surface(field, request, clock.step)
         with clock.stage("clean"):
-            fine.append(clean(raw))
+            fine.append(clean(raw, PIECE if request.separate else 1.0))
     total = sum(len(mesh.faces) for mesh in fine)
     made, coarse = [], list(fine)
     for lod in range(request.lods):

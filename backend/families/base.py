@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # the server reads `FamilyInfo` and never loads torch
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from backend.geometry.focus import Focus
+
 Step = Callable[[str, float], None]
 """`step(stage, fraction)` reports progress, fraction in 0..1 of that stage; raises `Cancelled` when asked to stop."""
 
@@ -54,6 +56,7 @@ class HumanField(Protocol):
     name: str  # "human", or "top", "shoes", ...
     bounds: Float[Tensor, "2 3"]  # field-space box that holds the surface with a margin
     rig: Rig | None
+    focus: Focus | None  # where the lattice of the surface is finer
     region_density: Float[Tensor, " R"] | None  # per region: texels and triangles per area, relative to the others
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:

@@ -17,8 +17,9 @@ from backend.protocol import PopulaceError
 log = logging.getLogger(__name__)
 
 
-def clean(mesh: TriMesh) -> TriMesh:
-    """The largest closed component that is wound outward, by volume; without unused vertices.
+def clean(mesh: TriMesh, share: float = 1.0) -> TriMesh:
+    """The largest closed component that is wound outward, by volume, and those that have at least `share` of its
+    volume (a pair of shoes is two); without unused vertices.
 
     Floaters and inner shells (which are wound inward, as seen from the solid) go. Marching tetrahedra give a closed
     manifold with distinct vertices, which stays as it is; in any other mesh equal vertices are welded, degenerate
@@ -40,10 +41,12 @@ def clean(mesh: TriMesh) -> TriMesh:
         raise PopulaceError(
             "empty_surface", f"None of {count} surface pieces is closed and wound outward.", "Try another seed."
         )
+    kept = solid > share * solid.max()
+    kept[solid.argmax()] = True
     if count > 1:
-        log.info("clean: kept 1 of %d pieces, dropped %d floaters and %d inner or open shells", count,
-                 np.count_nonzero(solid > 0) - 1, np.count_nonzero(solid <= 0))  # fmt: skip
-    return take_faces(mesh, faces[label == solid.argmax()], origin)
+        log.info("clean: kept %d of %d pieces, dropped %d floaters and %d inner or open shells", kept.sum(), count,
+                 np.count_nonzero(solid[~kept] > 0), np.count_nonzero(solid <= 0))  # fmt: skip
+    return take_faces(mesh, faces[kept[label]], origin)
 
 
 def take_faces(mesh: TriMesh, faces: Int[np.ndarray, "F 3"], origin: Int[np.ndarray, " V"]) -> TriMesh:

@@ -20,7 +20,7 @@ def extract_dense(field: HumanField, grid_resolution: int) -> TriMesh:
 
     Grows with the volume: about 1.5 GB at 256 cells along a human's height.
     """
-    nodes, tets = tetgrid.Lattice.of(field.bounds, grid_resolution).dense(field.bounds.device)
+    nodes, tets = tetgrid.Lattice.of(field.bounds, grid_resolution, field.focus).dense(field.bounds.device)
     sdf = field.sdf(nodes)
     deformed = torch.cat([nodes, nodes + field.offset(nodes)], 1)
     both, faces = march_by_unique(deformed, sdf, tets)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backend.families.base import HumanField, LatticeField, Step, no_step
 from backend.geometry import marching
+from backend.geometry.focus import Focus
 from backend.geometry.mesh import TriMesh
 from backend.protocol import PopulaceError
 
@@ -31,29 +32,33 @@ _CHUNK = 1 << 15  # points for the field between two looks at whether to stop
 @dataclass(frozen=True)
 class Lattice:
     """The cubic lattice through the origin that covers a box: nodes of index `low` to `high`, both included. The
-    outermost nodes lie on the box, so nobody is asked about points beyond it."""
+    outermost nodes lie on the box, so nobody is asked about points beyond it. A focus draws it together in places."""
 
     spacing: float  # metres
     low: Int[np.ndarray, " 3"]
     high: Int[np.ndarray, " 3"]
     box: Float[np.ndarray, "2 3"]
+    focus: Focus | None = None
 
     @classmethod
-    def of(cls, bounds: Float[Tensor, "2 3"], grid_resolution: int) -> Lattice:
-        """`grid_resolution` cells along the longest side of the box."""
-        box = bounds.detach().float().cpu().numpy()
-        spacing = float((box[1] - box[0]).max() / grid_resolution)
+    def of(cls, bounds: Float[Tensor, "2 3"], grid_resolution: int, focus: Focus | None = None) -> Lattice:
+        """`grid_resolution` cells along the longest side of the box, where the focus does not reach."""
+        bounds = bounds.detach().float()
+        spacing = float((bounds[1] - bounds[0]).max() / grid_resolution)
+        box = (focus.lattice_box(bounds) if focus else bounds).cpu().numpy()
         index = box / np.float32(spacing)  # nodes less than a thousandth of a cell beyond are left out
-        return cls(spacing, np.floor(index[0] + 1e-3).astype(int), np.ceil(index[1] - 1e-3).astype(int), box)
+        low, high = np.floor(index[0] + 1e-3).astype(int), np.ceil(index[1] - 1e-3).astype(int)
+        return cls(spacing, low, high, box, focus)
 
     @property
     def cells(self) -> Int[np.ndarray, " 3"]:
         return self.high - self.low
 
     def points(self, index: Int[np.ndarray, "N 3"], device: torch.device) -> Float[Tensor, "N 3"]:
-        """Places of nodes, counted from `low`; what lies beyond the box is moved onto it."""
+        """Field-space places of nodes, counted from `low`; what lies beyond the box is moved onto it."""
         places = (index + self.low).astype(np.float32) * np.float32(self.spacing)
-        return torch.from_numpy(places.clip(*self.box)).to(device)
+        found = torch.from_numpy(places.clip(*self.box)).to(device)
+        return self.focus.to_field(found) if self.focus else found
 
     def axes(self, device: torch.device) -> list[Float[Tensor, " n"]]:
         """Coordinates of the nodes along each axis."""
@@ -89,7 +94,7 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     Raises `empty_surface` if there is no surface, if it leaves the box or if the field is not finite.
     """
     device = field.bounds.device
-    lattice = Lattice.of(field.bounds, grid_resolution)
+    lattice = Lattice.of(field.bounds, grid_resolution, field.focus)
     levels = max(0, round(np.log2(grid_resolution / _COARSEST)))
     asked, fraction = 0, 0.0
 

@@ -20,6 +20,7 @@ class Shape:
 
     name = "shape"
     rig = None
+    focus = None
     region_density = None
 
     def __init__(self, sdf, half=(0.6, 0.6, 0.6), offset=None, color=None):

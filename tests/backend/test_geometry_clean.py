@@ -177,3 +177,13 @@ def test_vertex_normals_of_a_ball_are_its_radii():
     torch.testing.assert_close(
         vertex_normals(box.vertices, box.faces), torch.nn.functional.normalize(box.vertices - 0.5, dim=1)
     )
+
+
+def test_a_pair_is_two_pieces_and_crumbs_still_go():
+    pair = joined(cube((0, 0, 0)), moved(cube((0, 0, 0)), (3.0, 0, 0)))
+    crumb = cube((0, 3, 0))
+    crumb = dataclasses.replace(crumb, vertices=crumb.vertices * torch.tensor([0.5, 1.0, 1.0]))
+    mesh = joined(pair, dataclasses.replace(crumb, vertices=crumb.vertices * 0.5))
+    assert len(clean(mesh).faces) == 12
+    assert len(clean(mesh, 0.4).faces) == 24
+    assert len(clean(mesh, 0.01).faces) == 36

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from backend.geometry import marching
 from backend.geometry.clean import euler_number, is_closed, is_manifold
+from backend.geometry.focus import Focus
 from backend.geometry.marching import marching_tetrahedra, unique_edges
 from backend.geometry.mesh import TriMesh, signed_volume
 from backend.geometry.reference import extract_dense
@@ -18,11 +19,9 @@ from backend.geometry.tetgrid import Lattice, extract_surface
 from backend.protocol import PopulaceError
 from tests.backend.geometry_fields import Shape, ball, block, bumpy, capsule, torus
 
-BOX = torch.tensor([[-0.6, -0.6, -0.6], [0.6, 0.6, 0.6]])
-
 
 def lattice(resolution, dtype=torch.float32):
-    nodes, tets = Lattice.of(BOX, resolution).dense(torch.device("cpu"))
+    nodes, tets = Lattice.of(Shape(ball()).bounds, resolution).dense(torch.device("cpu"))
     return nodes.to(dtype), tets
 
 
@@ -153,6 +152,43 @@ def test_asking_near_the_surface_gives_the_surface_of_asking_everywhere(field):
     assert is_manifold(near)
     assert near.faces.dtype == torch.int64
     assert least_area(near) > 0
+
+
+def focused(sdf, factor=2.0):
+    """A field whose lattice is finer above y = 0.1."""
+    field = Shape(sdf)
+    field.focus = Focus(-0.1, 0.1, factor, (0.0, 0.1), torch.tensor([[-0.5, 0.0, -0.5], [0.5, 0.6, 0.5]]))
+    return field
+
+
+def test_a_focus_makes_triangles_small_where_it_is_and_nothing_else():
+    plain, fine = extract_surface(Shape(ball()), 64), extract_surface(focused(ball()), 64)
+    assert np.array_equal(sorted_faces(fine), sorted_faces(extract_dense(focused(ball()), 64)))
+    assert is_manifold(fine)
+    assert is_closed(fine)
+    error = [(m.vertices.norm(dim=1) - 0.4).abs().max() for m in (plain, fine)]
+    assert float(error[1]) < 1.5 * float(error[0])
+    edge = {}
+    for name, mesh in (("plain", plain), ("fine", fine)):
+        corners = mesh.vertices[mesh.faces]
+        length, height = (corners[:, 0] - corners[:, 1]).norm(dim=1), corners[:, :, 1].mean(1)
+        edge[name] = float(length[height > 0.15].mean()), float(length[height < -0.15].mean())
+    assert edge["fine"][0] == pytest.approx(edge["plain"][0] / 2, rel=0.1)
+    assert edge["fine"][1] == pytest.approx(edge["plain"][1], rel=0.05)
+
+
+def test_a_focus_keeps_what_it_is_told_to_hold():
+    focus = focused(ball()).focus
+    box = focus.lattice_box(torch.tensor([[-0.6, -0.6, -0.6], [0.6, 0.6, 0.6]]))
+    top = focus.to_field(box[1][None])[0]
+    assert float(top[1]) == pytest.approx(0.6, abs=1e-5)
+    assert float(top[0]) >= 0.5
+    assert float(top[2]) >= 0.5
+    y = torch.linspace(-0.6, float(box[1, 1]), 500)
+    places = focus.to_field(torch.stack([torch.full_like(y, 0.2), y, torch.full_like(y, 0.2)], 1))
+    step = places[1:, 1] - places[:-1, 1]
+    assert (step > 0).all()
+    assert float(step[0] / step[-1]) == pytest.approx(2, rel=1e-2)
 
 
 def test_the_cost_grows_with_the_surface_not_with_the_volume():

@@ -123,6 +123,7 @@ class CapsuleField:
     """A union of rounded cones. Its distance is exact outside and for a single cone; its sign is exact everywhere."""
 
     name = "human"
+    focus = None
     region_density = None
 
     def __init__(

@@ -98,6 +98,7 @@ class Get3dField:
 
     name = "object"
     rig = None
+    focus = None
     region_density = None
     colors_vertices = True
 

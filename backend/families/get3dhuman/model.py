@@ -146,6 +146,7 @@ class HumanVolume:
 
     name = "human"
     rig = None
+    focus = None
     region_density = None
 
     def __init__(self, shape: Shape, texture: Texture, look: Look) -> None:
