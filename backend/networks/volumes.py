@@ -110,6 +110,12 @@ class PlaneBank(nn.Module):
         w = torch.stack([(side.sign * directions[:, side.axis]).clamp(min=0) for side in self.sides], 1) ** 3 + 1e-6
         return w / w.sum(1, keepdim=True)
 
+    def coverage(self, directions: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """How well the sides see points that face `directions` (in box axes): 0 edge-on, 1 from 60 degrees off."""
+        best = torch.stack([side.sign * directions[:, side.axis] for side in self.sides], 1).amax(1)
+        t = ((best - 0.25) / 0.25).clamp(0, 1)
+        return t * t * (3 - 2 * t)
+
     def read(
         self, planes: Sequence[Tensor], local: Float[Tensor, "N 3"], directions: Float[Tensor, "N 3"]
     ) -> Float[Tensor, "N C"]:

@@ -30,6 +30,7 @@ from backend.training.makehuman import BODY, Kit, Proxy, read_material, read_pro
 log = logging.getLogger(__name__)
 
 DM = 0.1  # metres per MakeHuman unit
+CURVED = 0.6  # of the skin, see `sample_surface`
 CONTROL_HELPERS = ("helper-skirt", "helper-hair")  # helpers that carry the deformation away from the skin
 
 
@@ -50,9 +51,11 @@ class Samples:
 
 
 def sample_surface(
-    vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray, face_uvs: np.ndarray, count: int, seed: int
-) -> Samples:
-    """Area-uniform samples; open borders are sampled densely and marked by `rim`."""
+    vertices: np.ndarray, faces: np.ndarray, uvs: np.ndarray, face_uvs: np.ndarray, count: int, seed: int,
+    curved: float = 0.0,
+) -> Samples:  # fmt: skip
+    """Area-uniform samples; open borders are sampled densely and marked by `rim`. With `curved` the points leave the
+    flat faces by that share of Phong tessellation (Boubekeur and Alexa 2008): cheeks have no facets."""
     rng = np.random.default_rng(seed)
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     cross = np.cross(b - a, c - a)
@@ -65,6 +68,11 @@ def sample_surface(
     vertex_normals = np.zeros_like(vertices)
     for i in range(3):
         np.add.at(vertex_normals, faces[:, i], cross)
+    if curved:
+        vertex_normals /= np.linalg.norm(vertex_normals, axis=1, keepdims=True) + 1e-12
+        corner, normal = vertices[faces[pick]], vertex_normals[faces[pick]]
+        height = ((points[:, None] - corner) * normal).sum(2)
+        points = points - curved * np.einsum("nk,nk,nkc->nc", bary, height, normal)
     normals = np.einsum("nk,nkc->nc", bary, vertex_normals[faces[pick]])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     uv = np.einsum("nk,nkc->nc", bary, uvs[face_uvs[pick]])
@@ -219,10 +227,12 @@ class Canonical:
         self.eye_vertices = self.fit(self.eyes)
         self.body_faces, self.body_face_uvs = self._visible_faces()
         eye_faces, eye_uvs = self.eyes.mesh.triangles()
-        self.skin = sample_surface(template, self.body_faces, kit.base.uvs, self.body_face_uvs, 350_000, seed=1)
+        self.skin = sample_surface(
+            template, self.body_faces, kit.base.uvs, self.body_face_uvs, 350_000, seed=1, curved=CURVED
+        )
         head = self.skin.points[:, 1] > template[BODY, 1].max() - 0.30
         fine = sample_surface(  # the face is a small part of the area but most of what people look at
-            template, *self._faces_above(template[BODY, 1].max() - 0.30), 250_000, seed=2
+            template, *self._faces_above(template[BODY, 1].max() - 0.30), 250_000, seed=2, curved=CURVED
         )
         self.skin = _join(_take(self.skin, ~head), fine)
         # the sockets' rims touch the eyeballs, so the union of both is closed: rims must not count as borders
@@ -342,7 +352,7 @@ class Item:
     base: list[np.ndarray]  # per volume f32 [X, Y, Z]: distance to the surface, carried on where the cloth ends
     edge: list[
         np.ndarray
-    ]  # per volume f32, coarser: distance to the borders, positive beyond; -BAND where there is none
+    ]  # per volume f32, coarser: distance to the borders, positive beyond; -0.1 where there is none
     surface: np.ndarray  # f32 [M, 3]
     color: np.ndarray  # f32 [M, 3] as in the kit's texture
 
@@ -369,7 +379,7 @@ def cloth_item(
         rgb = rgb * np.maximum(lookup(np.concatenate([ao, ao[..., :1]], -1), samples.uvs)[:, :3], 0.6) ** 0.7
     base, edge = [], []
     for g in grids:
-        edge.append(np.full(g.volume.shape(g.edge_step), -BAND, np.float32))
+        edge.append(np.full(g.volume.shape(g.edge_step), -0.1, np.float32))
         if part == "accessory":
             nodes = g.volume.nodes(g.step).reshape(-1, 3).numpy()
             values = cKDTree(samples.points).query(nodes, workers=2)[0] - 0.005  # a shell: brims have a body
@@ -454,33 +464,52 @@ def hair_item(canonical: Canonical, proxy: Proxy, name: str, grids: Sequence[Gri
     rgba = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)
     opaque = rgba[:, 3] > 0.5
     cards, rgb = samples.points[opaque], rgba[opaque, :3]
-    lo, hi = cards.min(0) - 0.04, cards.max(0) + 0.04
-    grid = Grid.over(lo, hi, 0.004)
+    tree = cKDTree(cards)
+    grid = Grid.over(cards.min(0) - 0.04, cards.max(0) + 0.04, 0.0035)
     nodes = grid.nodes()
     shape = grid.values.shape
-    distance = cKDTree(cards).query(nodes, distance_upper_bound=0.03, workers=2)[0].reshape(shape)
-    body = canonical.sdf(nodes).reshape(shape)
-    solid = distance < 0.005
-    grown = ndimage.distance_transform_edt(~solid) * grid.step < 0.010  # close gaps of up to 2 cm
-    closed = ndimage.distance_transform_edt(grown) * grid.step > 0.010
-    under = (body < 0.004) & (distance < 0.022)  # hair sits on the scalp: no slit between
-    solid = ndimage.binary_fill_holes(solid | closed | under)
+    distance, nearest = tree.query(nodes, distance_upper_bound=0.03, workers=2)
+    body = canonical.sdf(nodes)
+    # hair sits on the scalp: no slit between the skin and cards that are over it
+    under = np.zeros(len(nodes), bool)
+    at = np.flatnonzero(np.isfinite(distance) & (np.abs(body) < 0.03))
+    delta, out = cards[nearest[at]] - nodes[at], canonical.gradient(nodes[at])
+    rise = (delta * out).sum(1)
+    under[at] = (rise > 0) & (np.linalg.norm(delta - rise[:, None] * out, axis=1) < 0.006)
+    solid = (distance < 0.005).reshape(shape)
+    grown = ndimage.distance_transform_edt(~solid) * grid.step < 0.009  # close gaps of up to 2 cm
+    closed = ndimage.distance_transform_edt(grown) * grid.step > 0.009
+    solid = ndimage.binary_fill_holes(solid | closed | under.reshape(shape))
     sdf = (ndimage.distance_transform_edt(~solid) - ndimage.distance_transform_edt(solid)) * grid.step
-    sdf = ndimage.gaussian_filter(sdf, 1.0)
+    near = (distance < 0.02).reshape(shape)  # smooth near the cards, which are no voxels
+    sdf = np.where(near & (np.abs(distance.reshape(shape) - 0.005 - sdf) < grid.step),
+                   distance.reshape(shape) - 0.005, sdf)  # fmt: skip
+    sdf = ndimage.gaussian_filter(sdf, 1.2) + 0.0015
     # fringes end above the brows: an ellipse before the face is kept clear
-    across = nodes[:, 0] / 0.062, (nodes[:, 1] - canonical.eye_vertices[:, 1].mean() + 0.030) / 0.080
+    across = nodes[:, 0] / 0.062, (nodes[:, 1] - canonical.eye_vertices[:, 1].mean() + 0.035) / 0.062
     clear = np.maximum(np.hypot(*across) - 1, (0.05 - nodes[:, 2]) / 0.07) * 0.07
     sdf = np.maximum(sdf, -clear.reshape(shape))
     field = Grid(grid.lo, grid.step, sdf.astype(np.float32))
-    cells = nodes[(np.abs(field.values) < 0.004).ravel()]
-    surface = cells[rng.integers(len(cells), size=400_000)] + rng.uniform(-0.0015, 0.0015, (400_000, 3))
-    color = rgb[cKDTree(cards).query(surface, workers=2)[1]]
+    cells = nodes[(np.abs(field.values) < 0.0035).ravel()]
+    surface = cells[rng.integers(len(cells), size=600_000)] + rng.uniform(-0.0015, 0.0015, (600_000, 3))
+    color = rgb[_outermost(field, tree, surface)]
     base = [
         np.clip(field(g.volume.nodes(g.step).reshape(-1, 3).numpy()), -BAND, BAND).reshape(g.volume.shape(g.step))
         for g in grids
     ]
-    edge = [np.full(g.volume.shape(g.edge_step), -BAND, np.float32) for g in grids]
+    edge = [np.full(g.volume.shape(g.edge_step), -0.1, np.float32) for g in grids]
     return Item("hair", name, base, edge, surface.astype(np.float32), color.astype(np.float32))
+
+
+def _outermost(field: Grid, tree: cKDTree, points: np.ndarray, count: int = 12) -> np.ndarray:
+    """Of the cards' samples near each of `points` on the hair's surface the one that is seen: the outermost."""
+    h = field.step
+    normal = np.stack([field(points + h * e) - field(points - h * e) for e in np.eye(3)], 1)
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
+    distance, index = tree.query(points, k=count, workers=2)
+    height = np.einsum("nkc,nc->nk", tree.data[index] - points[:, None], normal)
+    height[distance > distance[:, :1] + 0.004] = -np.inf
+    return np.take_along_axis(index, height.argmax(1)[:, None], 1)[:, 0]
 
 
 def kit_items(canonical: Canonical, size: Size) -> Iterator[tuple[str, str, Callable[[], Item]]]:
@@ -563,8 +592,10 @@ def skin_atlas(canonical: Canonical, count: int = 500_000) -> SkinAtlas:
         faces, face_uvs = proxy.mesh.triangles()
         samples = sample_surface(canonical.fit(proxy), faces, proxy.mesh.uvs, face_uvs, 60_000, seed=8)
         alpha = lookup(read_texture(read_material(proxy.material)["diffuseTexture"]), samples.uvs)[:, 3]
-        distance, index = cKDTree(samples.points).query(points, distance_upper_bound=0.008, workers=2)
-        hit = np.isfinite(distance) & ~is_eye
+        # as a decal is seen from the front
+        distance, index = cKDTree(samples.points[:, :2]).query(points[:, :2], distance_upper_bound=0.0012, workers=2)
+        depth = points[:, 2] - samples.points[np.minimum(index, len(alpha) - 1), 2]
+        hit = np.isfinite(distance) & ~is_eye & (np.abs(depth) < 0.01)
         brows.append(to_u8(np.where(hit, alpha[np.minimum(index, len(alpha) - 1)], 0)))
         brow_names.append(folder.name)
     return SkinAtlas(

@@ -20,6 +20,7 @@ SHORT_HAIR = ("short01", "short03", "short04")
 DENIM = ((0.20, 0.29, 0.42), (0.12, 0.16, 0.28), (0.42, 0.50, 0.60), (0.10, 0.10, 0.12))
 NEUTRALS = ((0.07, 0.07, 0.08), (0.90, 0.90, 0.88), (0.45, 0.45, 0.47), (0.12, 0.15, 0.27), (0.70, 0.63, 0.51),
             (0.36, 0.27, 0.19), (0.32, 0.35, 0.25), (0.68, 0.69, 0.71), (0.30, 0.10, 0.13))  # fmt: skip
+RELAXED = {"eyebrows-angle-up": 0.45, "mouth-angles-up": 0.25}  # the base mesh frowns
 LEATHER = ((0.05, 0.05, 0.05), (0.22, 0.13, 0.08), (0.36, 0.24, 0.15), (0.85, 0.85, 0.83), (0.18, 0.19, 0.22))
 
 
@@ -99,7 +100,7 @@ def _details(kit: Kit, rng: np.random.Generator) -> np.ndarray:
         noise = rng.normal(0, 0.12 if coarse else 0.24)
         lopsided = name.startswith("asym") or name in ("head-trans-in", "head-trans-out", "neck-trans-in",
             "neck-trans-out", "torso-trans-in", "torso-trans-out", "hip-trans-in", "hip-trans-out")  # fmt: skip
-        out[i] = 0 if lopsided else np.clip(noise, 0 if kit.details[i][0] is None else -1, 1)
+        out[i] = 0 if lopsided else np.clip(noise + RELAXED.get(name, 0), 0 if kit.details[i][0] is None else -1, 1)
     for i, name in enumerate(names):
         if name.startswith("r-") and "l-" + name[2:] in column:
             out[i] = out[column["l-" + name[2:]]]
@@ -151,7 +152,7 @@ def _colors(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {k: with_second(v) for k, v in (("top", top), ("bottom", bottom), ("shoes", shoes), ("accessory", hat))}
 
 
-def wardrobe(kit: Kit) -> dict[str, list[tuple[str, str]]]:
+def garments_of(kit: Kit) -> dict[str, list[tuple[str, str]]]:
     """Kit items per part as (name, gender)."""
     out: dict[str, list[tuple[str, str]]] = {p: [] for p in ("top", "bottom", "shoes", "accessory")}
     for asset, entry in kit.garments().items():
@@ -168,7 +169,7 @@ def wardrobe(kit: Kit) -> dict[str, list[tuple[str, str]]]:
 def _outfit(
     kit: Kit, rng: np.random.Generator, female: bool, age: float, race: str, hair: np.ndarray
 ) -> dict[str, Garment]:
-    items, colors = wardrobe(kit), _colors(rng)
+    items, colors = garments_of(kit), _colors(rng)
     parts: dict[str, Garment] = {}
     if (style := _hair_style(kit, rng, female, age, race)) is not None:
         parts["hair"] = Garment(style, np.concatenate([hair, 0.8 * hair]).astype(np.float32))

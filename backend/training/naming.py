@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.families.people.wardrobe import word_of
+from backend.families.people.wardrobe import EYES, word_of
 from backend.training.casting import Casting, Garment
 from backend.training.makehuman import BODY
 from backend.training.person import LUMINANCE, Layer
@@ -22,9 +22,6 @@ COLORS = {
     "teal": (0.15, 0.5, 0.5), "blue": (0.2, 0.35, 0.75), "navy": (0.1, 0.13, 0.28), "light blue": (0.6, 0.73, 0.88),
     "purple": (0.45, 0.2, 0.6), "pink": (0.9, 0.6, 0.7), "brown": (0.35, 0.22, 0.13), "beige": (0.8, 0.72, 0.58),
 }  # fmt: skip
-
-EYES = {"brownlight": "light brown", "bluegreen": "blue-green", "deepblue": "deep blue", "ice": "ice blue",
-        "lightblue": "light blue"}  # fmt: skip
 
 
 def color_name(rgb: np.ndarray) -> str:
@@ -59,7 +56,7 @@ def attributes(casting: Casting, body: np.ndarray, skin: Layer, layers: Mapping[
     out: dict[str, Any] = {
         "sex": s["gender"], "age_years": YEARS[0] + (s["age"] - 0.5) * 2 * (YEARS[1] - YEARS[0]),
         "height_m": float(np.ptp(body[BODY, 1])), "weight": s["weight"], "muscle": s["muscle"],
-        "skin_tone": float(np.clip(tone, 0, 1)), "eye_color": EYES.get(casting.iris, casting.iris),
+        "skin_tone": float(np.clip(tone, 0, 1)), "eye_color": EYES.get(casting.iris.removesuffix("_eye"), casting.iris),
     }  # fmt: skip
     for part in ("hair", "top", "bottom", "shoes", "accessory"):
         garment = casting.parts.get(part)

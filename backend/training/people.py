@@ -32,6 +32,7 @@ from backend.families.people.config import (
     PLAIN,
     SCALE,
     SKIN,
+    SKIN_DIM,
     THICK,
     TRIM,
     WORN,
@@ -42,13 +43,17 @@ from backend.families.people.networks import BAND
 from backend.training.canonical import open_kit
 from backend.training.casting import CUT, Casting, Garment, cast
 from backend.training.mapping import fit_body, fit_choices
+from backend.training.materials import materials
 from backend.training.people_data import ATTRIBUTES, build
 
 log = logging.getLogger(__name__)
 
 
-def fit(kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people: int = 4000) -> Path:
-    """Make the training set in `run`/data if it is not there, fit, and write `run`/people.safetensors."""
+def fit(
+    kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people: int = 4000, steps: int = 3000
+) -> Path:
+    """Make the training set in `run`/data if it is not there, fit, and write `run`/people.safetensors. Mappings take
+    `steps` steps each."""
     data = run / f"data-{size}"
     if not (data / "items.json").exists():
         build(kit_folder, data, size, people)
@@ -56,11 +61,13 @@ def fit(kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people:
     items, body, skin = _load(data)
     facts = _facts(size, items, body, skin, np.load(data / "field.npz"))
     networks = PeopleNetworks(facts).requires_grad_(False)
-    _fill(networks, data, items, body, skin)
     kit = open_kit(kit_folder)
+    _fill(networks, data, items, body, skin)
+    for part in PARTS:
+        networks.shapes[part].materials.copy_(torch.from_numpy(materials(facts["items"], kit, part)))
     castings = [cast(kit, int(s)) for s in body["seeds"]]
     codes, condition = encode(networks, facts, castings, body["coefficients"], items, skin)
-    _fit_mappings(networks, body["coefficients"], codes, condition)
+    _fit_mappings(networks, body["coefficients"], codes, condition, steps)
     out = run / "people.safetensors"
     save(networks, facts, out)
     log.info("wrote %s, %.1f MB", out, out.stat().st_size / 1e6)
@@ -70,7 +77,7 @@ def fit(kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people:
 def save(networks: PeopleNetworks, facts: Mapping[str, Any], path: Path) -> None:
     """The weights file of the family; `model.load` reads it."""
     state = {k: v.detach().cpu().numpy() for k, v in networks.state_dict().items()}
-    volumes = {k: BAND if ".base." in k else 0.1 for k in state if k.startswith("shapes.")}
+    volumes = {k: BAND if ".base." in k else 0.1 for k in state if k.startswith("shapes.") and k.endswith(".basis")}
     planes = frozenset(k for k in state if ".planes." in k) | {"body_shape.basis"}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -92,6 +99,10 @@ def _facts(size: str, items: Mapping[str, list], body: Mapping, skin: Mapping, f
     for part in PARTS:
         if len(items[part]) + (part in CLOTH) > MAX_ITEMS:  # their weights would run into the trims of the code
             raise ValueError(f"{len(items[part])} items of {part} are too many: a code holds {MAX_ITEMS}.")
+    for what, at in (("skin", SKIN), ("brow", BROW), ("iris", IRIS)):
+        if len(skin[f"{what}_names"]) > at.stop - at.start:
+            raise ValueError(f"{len(skin[f'{what}_names'])} kinds of {what} are too many: a code holds "
+                             f"{at.stop - at.start}.")  # fmt: skip
     raw = body["attributes"]
     low, high = field["bounds_low"], field["bounds_high"]
     order = np.argsort(-skin["skin_palettes"].mean(1))
@@ -101,21 +112,12 @@ def _facts(size: str, items: Mapping[str, list], body: Mapping, skin: Mapping, f
         "bones": [str(n) for n in body["names"]], "parents": body["parents"].tolist(),
         "attributes": list(ATTRIBUTES), "attribute_mean": raw.mean(0).tolist(), "attribute_std": raw.std(0).tolist(),
         "items": {p: [{"name": i["name"]} for i in items[p]] for p in PARTS},
+        "skins": [str(n) for n in skin["skin_names"]], "brows": [str(n) for n in skin["brow_names"]],
         "irises": [str(n).removesuffix("_eye") for n in skin["iris_names"]],
-        "skin_age": _skin_age(skin),
         "skin_curve": skin["skin_palettes"][order].round(4).tolist(),  # light to dark
         # soles, ponytails, hats, coats
         "bounds": (np.stack([low, high]) + np.array([[-0.05, -0.06, -0.17], [0.05, 0.11, 0.05]])).tolist(),
     }  # fmt: skip
-
-
-def _skin_age(skin: Mapping) -> list[float]:
-    """Change of the skin's coefficients from young to old, sex and region aside."""
-    names = [str(n).split("_") for n in skin["skin_names"]]
-    stage = [{"young": 0.0, "middleage": 0.5, "old": 1.0}.get(n[0], 0.5) for n in names]
-    others = [[float(n[1:2] == [r]) for r in ("african", "asian", "caucasian")] + [float("female" in n)] for n in names]
-    design = np.c_[stage, others]
-    return np.linalg.lstsq(design, skin["skin_codes"], rcond=None)[0][0].tolist()
 
 
 @torch.no_grad()
@@ -133,15 +135,15 @@ def _fill(networks: PeopleNetworks, data: Path, items: Mapping, body: Mapping, s
         for plane in box.planes:
             plane.copy_(torch.from_numpy(skin[f"skin_{at}"]))
             at += 1
-    for name in ("brow", "eye"):
+    for name in ("brow", "eye", "iris", "lash", "gloss"):
         getattr(networks.body_tex, name).planes[0].copy_(torch.from_numpy(skin[f"{name}_0"]))
-    networks.body_tex.iris.planes[0][: len(skin["iris_0"])] = torch.from_numpy(skin["iris_0"])
     for part in PARTS:
         shape, texture = networks.shapes[part], networks.textures[part]
         for j, item in enumerate(items[part]):
             for kind, banks in (("base", shape.base), ("edge", shape.edge)):
                 for i, bank in enumerate(banks):
                     bank.basis[j] = torch.from_numpy(item["arrays"][f"{kind}_{i}"])
+            texture.palettes[j] = torch.from_numpy(item["arrays"]["palette"])
             for kind, colors in (("tone", texture.tone), ("hue", texture.hue)):
                 planes = [plane for box in colors.boxes for plane in box.planes]
                 for i, plane in enumerate(planes):
@@ -164,7 +166,7 @@ def encode(
     networks: PeopleNetworks, facts: Mapping[str, Any], castings: list[Casting], coefficients: np.ndarray,
     items: Mapping[str, list], skin: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # fmt: skip
-    """Codes of sampled people {mapping name: [N, CODE_DIM]} and the conditions [N, C] they were drawn under."""
+    """Codes of sampled people {mapping name: [N, ...]} and the conditions [N, C] they were drawn under."""
     count = len(castings)
     codes = {"body_tex": np.stack([skin_code(c, skin) for c in castings])}
     for part in PARTS:
@@ -184,13 +186,13 @@ def encode(
 
 
 def skin_code(casting: Casting, skin: Mapping[str, np.ndarray]) -> np.ndarray:
-    """body/tex [CODE_DIM]."""
-    out = np.zeros(CODE_DIM, np.float32)
+    """body/tex [SKIN_DIM]."""
+    out = np.zeros(SKIN_DIM, np.float32)
     at = list(skin["skin_names"]).index(casting.skin)
     out[:3] = skin["skin_palettes"][at] * casting.skin_gain
     out[3:6] = 0.75 * casting.hair_color
-    out[SKIN] = skin["skin_codes"][at]
-    out[BROW] = skin["brow_codes"][list(skin["brow_names"]).index(casting.brow)]
+    out[SKIN.start + at] = 1
+    out[BROW.start + list(skin["brow_names"]).index(casting.brow)] = 1
     out[IRIS.start + list(skin["iris_names"]).index(casting.iris)] = 1
     return out
 
@@ -221,13 +223,15 @@ def garment_codes(part: str, garment: Garment, items: list[dict[str, Any]]) -> t
 
 
 def _fit_mappings(
-    networks: PeopleNetworks, coefficients: np.ndarray, codes: Mapping[str, np.ndarray], condition: np.ndarray
-) -> None:
+    networks: PeopleNetworks, coefficients: np.ndarray, codes: Mapping[str, np.ndarray], condition: np.ndarray,
+    steps: int,
+) -> None:  # fmt: skip
     networks.mappings.requires_grad_(True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small that threads would only wait for each other
     attributes = condition.shape[1] - 9
-    log.info("mapping body_shape: %.3f", fit_body(networks.mappings["body_shape"], coefficients.astype(np.float64)))
+    error = fit_body(networks.mappings["body_shape"], coefficients.astype(np.float64), steps=steps * 5 // 6)
+    log.info("mapping body_shape: %.3f", error)
     order = ["body_tex", *(f"{p}_{k}" for p in ORDER for k in ("shape", "tex"))]
     for name in order:
         known = condition[:, :attributes] if name == "body_tex" else condition.copy()
@@ -235,6 +239,7 @@ def _fit_mappings(
             known[:, -3:] = 0
         if name.startswith("hair"):
             known[:, -3:] = 0
-        log.info("mapping %s: %.3f", name, fit_choices(networks.mappings[name], codes[name], known.astype(np.float64)))
+        error = fit_choices(networks.mappings[name], codes[name], known.astype(np.float64), steps)
+        log.info("mapping %s: %.3f", name, error)
     networks.mappings.requires_grad_(False)
     torch.set_num_threads(threads)

@@ -12,12 +12,13 @@ import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from backend.families.people.config import ARM, BODY_DIM, BROW, BROWS, EYES, FACE, SIZES, SKIN, WHOLE, Size
-from backend.families.people.networks import BodyField
-from backend.networks.volumes import Side, six_sides
+from backend.families.people.config import BODY_DIM, BROWS, EYES, FRONT, ROUGHNESS, SIZES, Size
+from backend.families.people.networks import BodyField, skin_boxes
+from backend.networks.volumes import Side
 from backend.training.canonical import CONTROL_HELPERS, DM, Canonical, Item, kit_items, open_kit, skin_atlas
 from backend.training.casting import Casting, cast
 from backend.training.makehuman import BODY, Kit
+from backend.training.materials import face_roughness
 from backend.training.splat import splat
 from backend.training.splits import seeds
 
@@ -182,23 +183,27 @@ def facing_of(field: BodyField, points: np.ndarray) -> np.ndarray:
 
 
 def _skins(canonical: Canonical, field: BodyField, size: Size, out: Path) -> None:
-    """skin.npz: principal planes of skins and brows, iris planes, and every material's coefficients."""
+    """skin.npz: planes of every skin, brow and iris."""
     atlas = skin_atlas(canonical)
     skin = ~atlas.is_eye
     points, facing = atlas.points, facing_of(field, atlas.points)
     means = np.stack([s[skin].mean(0) / 255 for s in atlas.skins])
-    boxes = ((FACE, size.face), (ARM, six_sides(size.arm)), (WHOLE, six_sides(size.skin)))
+    first = skin & in_front(points)
     tones = [
-        [p for volume, sides in boxes for p in splat(volume, sides, points[skin], facing[skin], s[skin] / 255 / m - 1)]
+        [
+            p
+            for volume, sides in skin_boxes(size)
+            for at in (first if volume is FRONT else skin,)
+            for p in splat(volume, sides, points[at], facing[at], s[at] / 255 / m - 1)
+        ]
         for s, m in zip(atlas.skins, means, strict=True)
     ]
     arrays: dict[str, np.ndarray] = {"skin_palettes": means}
-    basis, arrays["skin_codes"] = principal(tones, SKIN.stop - SKIN.start)
-    arrays |= {f"skin_{i}": b for i, b in enumerate(basis)}
+    arrays |= {f"skin_{i}": np.stack(planes) for i, planes in enumerate(zip(*tones, strict=True))}
     front = (Side(2, 1, size.brow),)
-    alphas = [splat(BROWS, front, points[skin], facing[skin], b[skin, None] / 255) for b in atlas.brows]
-    basis, arrays["brow_codes"] = principal(alphas, BROW.stop - BROW.start)
-    arrays["brow_0"] = basis[0]
+    arrays["brow_0"] = np.stack(
+        [splat(BROWS, front, points[first], facing[first], b[first, None] / 255)[0] for b in atlas.brows]
+    )
     front = (Side(2, 1, size.eye),)
     eye = atlas.is_eye
     irises = [
@@ -206,8 +211,12 @@ def _skins(canonical: Canonical, field: BodyField, size: Size, out: Path) -> Non
         for name, c in zip(atlas.iris_names, atlas.irises, strict=True)
     ]
     arrays["iris_0"] = np.stack(irises)
-    # before the eyeball the lids: what the front plane sees first is the farther out
-    arrays["eye_0"] = splat(EYES, front, points, facing, eye[:, None].astype(np.float32))[0][None]
+    seen = in_front(points)
+    arrays["eye_0"] = splat(EYES, front, points[seen], facing[seen], eye[seen, None].astype(np.float32))[0][None]
+    lashes = lash_line(points[seen], eye[seen])[:, None]
+    arrays["lash_0"] = splat(EYES, front, points[seen], facing[seen], lashes)[0][None]
+    rough = face_roughness(canonical.kit, canonical.template, points[first])[:, None] - ROUGHNESS["body"]
+    arrays["gloss_0"] = splat(FRONT, (Side(2, 1, size.gloss),), points[first], facing[first], rough)[0][None]
     _save(out / "skin.npz", **arrays, skin_names=np.array(atlas.skin_names), iris_names=np.array(atlas.iris_names),
           brow_names=np.array(atlas.brow_names))  # fmt: skip
 
@@ -220,24 +229,26 @@ def _natural(name: str, rgb: np.ndarray) -> np.ndarray:
     return rgb * (1 - red) + red * (1.5 * rgb.mean(1, keepdims=True) + 0.02) * [1.35, 0.9, 0.6]
 
 
-def principal(sets: list[list[np.ndarray]], rank: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Mean and principal directions of K sets of planes: bases [1 + rank, ...] per plane, and coefficients [K, rank] of
-    unit variance with set = mean + coefficients @ directions. Ranks beyond the data are zero."""
-    shapes = [p.shape for p in sets[0]]
-    flat = np.stack([np.concatenate([p.ravel() for p in planes]) for planes in sets]).astype(np.float64)
-    mean = flat.mean(0)
-    left, values, right = np.linalg.svd(flat - mean, full_matrices=False)
-    used = min(rank, len(flat) - 1)
-    spread = values[:used] / np.sqrt(len(flat))
-    codes = np.zeros((len(flat), rank))
-    codes[:, :used] = left[:, :used] * np.sqrt(len(flat))
-    basis = np.zeros((1 + rank, flat.shape[1]), np.float32)
-    basis[0] = mean
-    basis[1 : 1 + used] = right[:used] * spread[:, None]
-    log.info("%d sets, %d directions: %.1f %% of the variance", len(flat), used,
-             100 * (values[:used] ** 2).sum() / (values**2).sum())  # fmt: skip
-    cuts = np.cumsum([int(np.prod(s)) for s in shapes])[:-1]
-    return [b.reshape(1 + rank, *s) for b, s in zip(np.split(basis, cuts, 1), shapes, strict=True)], codes
+def lash_line(points: np.ndarray, eye: np.ndarray, wide: float = 0.0016) -> np.ndarray:
+    """Opacity [N] of lashes at points [N, 3] seen from the front, of which `eye` [N] are eyeball: dark along the upper
+    lid, faint along the lower one, and a shadow on the eyeball below the upper lid."""
+    out = np.zeros(len(points), np.float32)
+    for here, there, reach, upper, lower in ((~eye, eye, wide, 0.85, 0.3), (eye, ~eye, 1.5 * wide, 0.45, 0.1)):
+        sought, other = points[here, :2], points[there, :2]
+        distance, index = cKDTree(other).query(sought, distance_upper_bound=1.5 * reach, workers=2)
+        rise = sought[:, 1] - other[np.minimum(index, len(other) - 1), 1]
+        over = (rise if there is eye else -rise) > 0.3 * np.minimum(distance, 1)
+        out[here] = np.clip(1.25 - distance / reach, 0, 1) * np.where(over, upper, lower)
+    return out
+
+
+def in_front(points: np.ndarray, texel: float = 0.0008, depth: float = 0.002) -> np.ndarray:
+    """bool [N]: nothing lies more than `depth` before the point, seen from the front: no insides of lids and lips."""
+    at = np.floor((points[:, :2] - points[:, :2].min(0)) / texel).astype(np.int64) + 1
+    nearest = np.full(at.max(0) + 2, -np.inf)
+    np.maximum.at(nearest, (at[:, 0], at[:, 1]), points[:, 2])
+    nearest = ndimage.maximum_filter(nearest, 3)
+    return points[:, 2] > nearest[at[:, 0], at[:, 1]] - depth
 
 
 # --- items ------------------------------------------------------------------------------------------------------------
@@ -248,8 +259,8 @@ def _item_arrays(item: Item, field: BodyField, size: Size) -> dict[str, np.ndarr
     luminance = item.color @ np.array([0.3, 0.59, 0.11], np.float32)
     median = max(float(np.median(luminance)), 0.03)
     tone = np.clip(luminance / median, 0.15, 1.8)
-    if item.part == "hair":  # cards are darker between their strands than hair is
-        tone = np.clip(((luminance + 0.05) / (median + 0.05)) ** 0.5, 0.4, 1.25)
+    if item.part == "hair":  # as the sampler tints it
+        tone = np.clip((luminance + 0.05) / (median + 0.05), 0.15, 1.8) ** 0.8
     palette = np.concatenate([np.median(item.color, 0), np.quantile(item.color, 0.2, axis=0)])
     hue = item.color - tone[:, None] * palette[:3]
     facing = facing_of(field, item.surface)

@@ -25,7 +25,8 @@ def splat(
     local = volume.local(p)
     inside = (local.abs() <= 1).all(1)
     local, values = local[inside], values[inside.numpy()].astype(np.float64)
-    weights = bank.weights(volume.turned(p[inside], torch.from_numpy(facing.astype(np.float32))[inside])).numpy() ** 2
+    turned = volume.turned(p[inside], torch.from_numpy(facing.astype(np.float32))[inside])
+    weights = (bank.weights(turned) * bank.coverage(turned)[:, None]).numpy() ** 2
     out = []
     for i, side in enumerate(sides):
         rows, columns = plane_shape(volume, side)

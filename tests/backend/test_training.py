@@ -9,12 +9,13 @@ import torch
 import trimesh
 
 from backend.families.people import storage
+from backend.families.people.attributes import STAGES, aged
 from backend.families.people.cut import ELBOW, OPEN, SHOULDER, WRIST, arm_distance, borders, pattern_mask
 from backend.families.people.networks import Mapping
 from backend.networks.volumes import GridBank, PlaneBank, Volume, read_grid, six_sides
 from backend.training.canonical import Samples, border_distance, sample_surface, signed_distance, winding_number
 from backend.training.mapping import fit_body, fit_choices, transport
-from backend.training.people_data import principal
+from backend.training.people_data import in_front, lash_line
 from backend.training.splat import splat
 
 
@@ -171,13 +172,51 @@ def test_splatted_colours_are_read_back() -> None:
     assert np.abs(read.numpy() - values[50_000:]).mean() < 0.02
 
 
-def test_principal_directions_give_the_sets_back() -> None:
+def test_what_lies_behind_is_not_seen_from_the_front() -> None:
+    """A square 1 cm before another one hides it, beyond its edges it does not."""
+    grid = np.stack(np.meshgrid(np.linspace(0, 0.02, 61), np.linspace(0, 0.02, 61)), -1).reshape(-1, 2)
+    near, far = np.c_[grid, np.full(len(grid), 0.11)], np.c_[2 * grid - 0.01, np.full(len(grid), 0.10)]
+    seen = in_front(np.concatenate([near, far]))
+    assert seen[: len(near)].all()
+    behind = ((far[:, :2] > 0.001) & (far[:, :2] < 0.019)).all(1)
+    assert not seen[len(near) :][behind].any()
+    beyond = ((far[:, :2] < -0.002) | (far[:, :2] > 0.022)).any(1)
+    assert seen[len(near) :][beyond].all()
+
+
+def test_lashes_line_the_upper_lid() -> None:
+    """An eye is a disc in a plane of skin: the line is dark above it, faint below, and away from it there is none."""
     rng = np.random.default_rng(0)
-    sets = [[rng.normal(size=(1, 4, 5)), rng.normal(size=(1, 3, 2))] for _ in range(4)]
-    basis, codes = principal(sets, 5)
-    for k, planes in enumerate(sets):
-        for plane, b in zip(planes, basis, strict=True):
-            assert np.allclose(b[0] + np.tensordot(codes[k], b[1:], 1), plane, atol=1e-5)
+    points = np.c_[rng.uniform(-0.02, 0.02, (40_000, 2)), np.zeros(40_000)]
+    radius = np.linalg.norm(points[:, :2], axis=1)
+    alpha = lash_line(points, radius < 0.01)
+    rim = (radius > 0.0101) & (radius < 0.0104) & (np.abs(points[:, 0]) < 0.003)
+    assert alpha[rim & (points[:, 1] > 0)].min() > 0.7
+    assert 0.2 < alpha[rim & (points[:, 1] < 0)].mean() < 0.35
+    assert alpha[(radius > 0.0125) | (radius < 0.007)].max() == 0
+
+
+def test_curved_samples_leave_flat_faces_for_the_sphere() -> None:
+    mesh = trimesh.creation.icosphere(subdivisions=2, radius=0.3)
+    vertices, faces = np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces)
+    errors = [
+        np.abs(np.linalg.norm(sample_surface(
+            vertices, faces, np.zeros((1, 2)), np.zeros_like(faces), 5000, 0, curved).points, axis=1) - 0.3).mean()
+        for curved in (0.0, 0.6)
+    ]  # fmt: skip
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_years_move_a_skin_along_its_kin() -> None:
+    """From young to old through what there is between; a skin of another region and one of a free name stay as they
+    are, and shares still sum to one."""
+    skins = ["young_asian_female", "middleage_asian_female", "old_asian_female", "old_asian_male", "pale"]
+    assert aged(skins, [1, 0, 0, 0, 0], 0.5) == [1, 0, 0, 0, 0]
+    assert aged(skins, [1, 0, 0, 0, 0], 0.95) == [0, 0, 1, 0, 0]
+    between = aged(skins, [1, 0, 0, 0, 0], (STAGES["young"] + STAGES["middleage"]) / 2)
+    assert between == pytest.approx([0.5, 0.5, 0, 0, 0])
+    assert aged(skins, [0.5, 0, 0, 0.2, 0.3], 0.95) == pytest.approx([0, 0, 0.5, 0.2, 0.3])
+    assert aged(skins, [0, 0, 0, 1, 0], 0.5) == [0, 0, 0, 1, 0]  # there is no younger one
 
 
 def test_a_border_is_where_the_sheet_ends(tube: Samples) -> None:

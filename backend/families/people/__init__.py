@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from backend.families.base import Attribute, Code, FamilyInfo
-from backend.families.people.wardrobe import CHOICES
+from backend.families.people.wardrobe import CHOICES, EYES
 
 _PARTS = ("hair", "top", "bottom", "shoes", "accessory")
-EYES = ("blue", "bluegreen", "brown", "brownlight", "deepblue", "green", "grey", "ice", "lightblue")
 
 INFO = FamilyInfo(
     name="people",
@@ -24,11 +23,11 @@ INFO = FamilyInfo(
         Attribute("muscle", "Muscle", "number"),
         Attribute("skin_tone", "Skin tone", "number", shape=False),
         Attribute("hair_color", "Hair colour", "color"),
-        Attribute("eye_color", "Eye colour", "choice", choices=EYES),
+        Attribute("eye_color", "Eye colour", "choice", choices=tuple(EYES.values())),
         *(Attribute(f"{part}_color", f"{part.title()} colour", "color") for part in _PARTS[1:]),
         *(Attribute(part, part.title(), "choice", choices=CHOICES[part]) for part in _PARTS),
     ),
-    codes={"body/shape": Code(64, normal=True), "body/tex": Code(32)}
+    codes={"body/shape": Code(64, normal=True), "body/tex": Code(74)}
     | {
         f"{part}/{kind}": Code(32)
         for part in ("shoes", "bottom", "top", "hair", "accessory")

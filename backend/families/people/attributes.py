@@ -7,7 +7,8 @@ numbers of the codes themselves. Garments are looked up by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,13 +30,14 @@ from backend.families.people.config import (
     Z_DIM,
 )
 from backend.families.people.cut import OPEN
-from backend.families.people.wardrobe import CUT, SKIRT, styles, word_of
+from backend.families.people.wardrobe import CUT, EYES, SKIRT, styles, word_of
 from backend.protocol import PopulaceError
 
 if TYPE_CHECKING:
     from backend.families.people.model import PeopleModel
 
 NUMBERS = {"sex": "gender", "age_years": "age", "height_m": "height_m", "weight": "weight", "muscle": "muscle"}
+STAGES = {"young": 0.57, "middleage": 0.74, "old": 0.92}  # age at which a skin of this name is as it is
 YOUNG_YEARS, YEARS = 25.0, 130.0  # MakeHuman's age slider: 0.5 is 25 years, 1 is 90
 COLORS = {"hair_color": "hair", "top_color": "top", "bottom_color": "bottom", "shoes_color": "shoes",
           "accessory_color": "accessory"}  # fmt: skip
@@ -61,7 +63,7 @@ def describe(model: PeopleModel, latents: Latents) -> dict[str, AttributeValue]:
         "weight": round(min(max(raw["weight"], 0.0), 1.0), 3),
         "muscle": round(min(max(raw["muscle"], 0.0), 1.0), 3),
         "skin_tone": round(_skin_tone(model, codes["body/tex"][0, :3]), 3),
-        "eye_color": facts["irises"][int(codes["body/tex"][0, IRIS][: len(facts["irises"])].argmax())],
+        "eye_color": _eye_names(model)[int(codes["body/tex"][0, IRIS][: len(facts["irises"])].argmax())],
     }
     for name, part in COLORS.items():
         if f"{part}/tex" in codes:
@@ -80,6 +82,10 @@ def word_for(model: PeopleModel, part: str, w: Tensor) -> str:
     return word_of(part, names[int(w[: len(names)].argmax())], w[TRIM].tolist() if part in CLOTH else ())
 
 
+def _eye_names(model: PeopleModel) -> list[str]:
+    return [EYES.get(name, name) for name in model.facts["irises"]]
+
+
 def _items(model: PeopleModel, part: str) -> list[str]:
     return [i["name"] for i in model.facts["items"][part]] + ([CUT] if part in CLOTH else [])
 
@@ -94,8 +100,11 @@ def edit(model: PeopleModel, latents: Latents, values: Mapping[str, AttributeVal
     if "skin_tone" in values:
         codes["body/tex"][0, :3] = _skin_of(model, float(values["skin_tone"]))  # type: ignore[arg-type]
     if "eye_color" in values:
+        if values["eye_color"] not in (names := _eye_names(model)):
+            raise PopulaceError("invalid_request", f"These weights know no {values['eye_color']} eyes.",
+                                f"Choose one of: {', '.join(names)}.")  # fmt: skip
         codes["body/tex"][0, IRIS] = 0
-        codes["body/tex"][0, IRIS.start + model.facts["irises"].index(values["eye_color"])] = 1
+        codes["body/tex"][0, IRIS.start + names.index(str(values["eye_color"]))] = 1
     for part in ("hair", "top", "bottom", "shoes", "accessory"):
         if part in values:
             _set_garment(model, codes, part, str(values[part]))
@@ -141,14 +150,33 @@ def _set_numbers(model: PeopleModel, codes: dict[str, Tensor], numbers: Mapping[
         moved = moved + (inverse @ step)[None]
     codes["body/shape"] = moved
     if "age_years" in numbers and "body/tex" in codes:
-        aged = _stage(0.5 + (numbers["age_years"] - YOUNG_YEARS) / YEARS) - _stage(before["age"])
-        direction = torch.tensor(facts["skin_age"], device=w.device)
-        codes["body/tex"][0, SKIN] = (codes["body/tex"][0, SKIN] + aged * direction).clamp(-3.5, 3.5)
+        shares = codes["body/tex"][0, SKIN]
+        at = np.array([0.5 + (numbers["age_years"] - YOUNG_YEARS) / YEARS, before["age"]])
+        if abs(at[0] - at[1]) > 1e-4:
+            shares[: len(facts["skins"])] = torch.tensor(aged(facts["skins"], shares.tolist(), at[0]))
 
 
-def _stage(age: float) -> float:
-    """0 young, 0.5 middle-aged, 1 old, as the kit's skins are."""
-    return float(np.interp(age, (0.55, 0.74, 0.92), (0.0, 0.5, 1.0)))
+def aged(skins: Sequence[str], shares: Sequence[float], age: float) -> list[float]:
+    """Shares of skins named STAGE_REGION_SEX for somebody of this age (MakeHuman's slider): each share goes to the
+    skins of its region and sex whose stages are next to the age; skins of other names keep theirs."""
+    out = list(shares[: len(skins)])
+    parsed = [re.fullmatch(r"(young|middleage|old)_([a-z]+_(?:fe)?male)(.*)", name) for name in skins]
+    kin: dict[str, dict[float, int]] = {}
+    for i, match in enumerate(parsed):
+        if match:
+            stages, stage = kin.setdefault(match[2], {}), STAGES[match[1]]
+            if stage not in stages or shares[i] > shares[stages[stage]]:
+                stages[stage] = i
+    for group, stages in kin.items():
+        own = [i for i, match in enumerate(parsed) if match and match[2] == group]
+        whole = sum(shares[i] for i in own)
+        for i in own:
+            out[i] = 0.0
+        known = sorted(stages)
+        for stage in known:
+            tent = [float(s == stage) for s in known]
+            out[stages[stage]] = whole * float(np.interp(age, known, tent))
+    return out
 
 
 def _skin_tone(model: PeopleModel, color: Tensor) -> float:

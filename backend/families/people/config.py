@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from backend.networks.volumes import Side, Volume, six_sides
 
-CODE_DIM = 32  # numbers of every code but the body's shape
+CODE_DIM = 32  # numbers of the codes of parts
 BODY_DIM = 64  # w_shape of the body
+SKIN_DIM = 74  # w_tex of the body
 Z_DIM = 8  # z per part and kind; the body's shape has BODY_DIM
 
 PARTS = ("shoes", "bottom", "top", "hair", "accessory")  # inner to outer: a part hides those before it
@@ -16,10 +17,10 @@ ORDER = ("hair", "top", "bottom", "shoes", "accessory")  # in which they are cho
 CLOTH = ("top", "bottom")  # parts that may be cut from the body's own surface
 
 # --- what the numbers of a code mean ----------------------------------------------------------------------------------
-# body/tex:   palette (skin, brows), skin, brow and iris coefficients
-SKIN = slice(6, 18)
-BROW = slice(18, 23)
-IRIS = slice(23, 32)
+# body/tex:   palette (skin, brows), then shares of the kit's skins, brows and irises
+SKIN = slice(6, 38)
+BROW = slice(38, 58)
+IRIS = slice(58, 74)
 # part/shape: weights of the items from 0 on ("cut" last), trims, thickness, looseness, worn
 TRIM = slice(24, 28)
 THICK, LOOSE, WORN = 28, 29, 31  # in centimetres, in 5 cm per metre of height, > 0
@@ -28,10 +29,10 @@ OWN, PLAIN = 6, 12
 PATTERN = slice(7, 12)
 SCALE = 13
 
-# roughness where nothing else is known; nobody wears metal
+# roughness where nothing else is known
 ROUGHNESS = {"body": 0.5, "shoes": 0.4, "bottom": 0.85, "top": 0.85, "hair": 0.45, "accessory": 0.75}
-LIPS, WET = 0.32, 0.08  # of the lips, of eyeballs
-MOUTH = (0.0, 1.501), (0.025, 0.011)  # middle and half axes of the lips, seen from the front
+WET = 0.08  # of eyeballs
+LASHES = (0.05, 0.035, 0.03)  # sRGB
 
 MAX_ITEMS = TRIM.start
 
@@ -56,13 +57,15 @@ class Colors:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of the family."""
+    """One size of the family; volumes coarse to fine."""
 
     body: tuple[tuple[Volume, float], ...]  # coarse to fine
     guide: tuple[tuple[Volume, float], ...]
     shape: dict[str, tuple[Grids, ...]]
     tex: dict[str, tuple[Colors, ...]]
     face: tuple[Side, ...]
+    front: float
+    gloss: float  # texels of the face's roughness
     skin: float  # texels of the rest of the body
     arm: float
     eye: float
@@ -74,7 +77,9 @@ _ARM_AXES = ((0.543, -0.682, 0.487), (0.782, 0.623, 0.0), (-0.303, 0.381, 0.872)
 # boxes of mirrored volumes reach a little over the middle, where their weight must not fall
 HEAD = Volume("head", (0.0, 1.335, 0.02), (0.18, 0.41, 0.20))  # long hair hangs below the chest
 HAT = Volume("hat", (0.0, 1.64, 0.05), (0.19, 0.14, 0.23))
+SCALP = Volume("scalp", (0.0, 1.565, 0.02), (0.13, 0.165, 0.165))
 FACE = Volume("face", (0.045, 1.545, 0.04), (0.075, 0.165, 0.16), mirror=True)
+FRONT = Volume("front", (0.0, 1.545, 0.09), (0.082, 0.125, 0.085))  # what is seen of a face from before it
 EYES = Volume("eyes", (0.034, 1.563, 0.118), (0.036, 0.03, 0.035), mirror=True)
 BROWS = Volume("brows", (0.035, 1.58, 0.11), (0.05, 0.03, 0.06), mirror=True)
 TORSO = Volume("torso", (0.0, 1.13, 0.05), (0.33, 0.42, 0.24))
@@ -98,25 +103,26 @@ def _size(scale: float, width: int) -> Size:
     def colors(volume: Volume, texel: float) -> Colors:
         return Colors(volume, six_sides(texel * scale), six_sides(2.5 * texel * scale))
 
-    front, side = 0.0011 * scale, 0.0015 * scale
+    side = 0.002 * scale
     return Size(
         body=((BODY, 0.008), (SKULL, 0.0028), (HAND, 0.0026)),  # not scaled: a tiny hand is no hand
         guide=((BODY, 0.016), (SKULL, 0.007)),
         shape={
-            "hair": (grids(HEAD, 0.005),),
+            "hair": (grids(HEAD, 0.0065), grids(SCALP, 0.0033)),
             "top": (grids(TORSO_HALF, 0.0055), grids(ARM, 0.006)),
-            "bottom": (grids(LEGS, 0.006), grids(TORSO_HALF, 0.009)),
+            "bottom": (grids(TORSO_HALF, 0.009), grids(LEGS, 0.006)),
             "shoes": (grids(FOOT, 0.004),),
             "accessory": (grids(HAT, 0.004),),
         },
         tex={
-            "hair": (colors(HEAD, 0.0025),),
+            "hair": (Colors(HEAD, six_sides(0.0018 * scale), six_sides(0.02 * scale)),),  # recoloured always
             "top": (colors(TORSO, 0.0032), colors(ARM, 0.004)),
-            "bottom": (colors(LEGS, 0.0035), colors(TORSO, 0.006)),
+            "bottom": (colors(TORSO, 0.006), colors(LEGS, 0.0035)),
             "shoes": (colors(FOOT, 0.002),),
             "accessory": (colors(HAT, 0.003),),
         },
-        face=(Side(2, 1, front), Side(0, 1, side), Side(2, -1, 4 * side), Side(1, 1, 3 * side), Side(1, -1, 2 * side)),
+        face=(Side(2, 1, side), Side(0, 1, side), Side(2, -1, 3 * side), Side(1, 1, 2 * side), Side(1, -1, 2 * side)),
+        front=0.0008 * scale, gloss=0.002 * scale,
         skin=0.008 * scale, arm=0.005 * scale, eye=0.00035 * scale, brow=0.0006 * scale, width=width,
     )  # fmt: skip
 

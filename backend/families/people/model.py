@@ -24,20 +24,24 @@ from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
 from backend.families.people import storage
 from backend.families.people.config import (
     BODY_DIM,
+    BROW,
     CLOTH,
     CODE_DIM,
+    HAT,
     IRIS,
     ORDER,
     OWN,
     PARTS,
     PLAIN,
-    ROUGHNESS,
     SIZES,
+    SKIN,
+    SKIN_DIM,
     WORN,
     Z_DIM,
 )
 from backend.families.people.networks import BodyDecoder, BodyField, BodyTexture, LocalShape, LocalTexture
 from backend.families.people.networks import Mapping as MappingNetwork
+from backend.geometry.focus import Focus
 from backend.protocol import PopulaceError
 from backend.weights import Weights, check_tensors
 
@@ -45,8 +49,11 @@ NEIGHBOURS = 32  # control points that carry a point of the field; fewer leave r
 REGIONS = ("head", "torso", "arm_l", "arm_r", "hand_l", "hand_r", "leg_l", "leg_r")
 DENSITY = {"head": 3.0, "hand": 1.5}  # texels per area, and triangles: faces and hands are looked at
 EASE = {"bottom": 0.002, "top": 0.002}  # metres added to cloth, so that no skin shows between lattice points
-HEM = 0.003  # metres that close-fitting cloth stands off the skin where it ends
+RIM = 0.006  # metres before something else that a point beyond the border of a cloth must be to be the cloth's
+HEM = 0.003  # metres that close-fitting cloth stands off what is below where it ends
+FREE = 0.04  # metres from the skin at which a skirt hangs freely
 SHELL = 0.012  # metres: how thick a garment is as an object of its own
+FOCUS = 1.30, 1.50, 2.2  # the surface's cells are so many times smaller on heads, growing smaller over the neck
 CHUNK = 1 << 15  # points at a time
 CENTRES = 256  # real codes per mapping, for truncation
 
@@ -63,7 +70,8 @@ class PeopleNetworks(nn.Module):
         items = {part: len(facts["items"][part]) for part in PARTS}
         self.body_shape = BodyDecoder(facts["anchors"], 2 * len(facts["bones"]), facts["controls"], BODY_DIM)
         self.body_field = BodyField(size)
-        self.body_tex = BodyTexture(size)
+        own = {k: len(facts[k]) for k in ("skins", "brows", "irises")}
+        self.body_tex = BodyTexture(size, **own)
         self.shapes = nn.ModuleDict({part: LocalShape(part, size, items[part]) for part in PARTS})
         self.textures = nn.ModuleDict({part: LocalTexture(part, size, items[part]) for part in PARTS})
 
@@ -72,9 +80,8 @@ class PeopleNetworks(nn.Module):
 
         self.mappings = nn.ModuleDict()
         self.mappings["body_shape"] = MappingNetwork(BODY_DIM, 0, BODY_DIM, 2, (), size.width)
-        self.mappings["body_tex"] = MappingNetwork(
-            Z_DIM, attributes, CODE_DIM, CENTRES, ((IRIS.start, IRIS.stop),), size.width
-        )
+        choices = [(at.start, at.start + n) for at, n in zip((SKIN, BROW, IRIS), own.values(), strict=True)]
+        self.mappings["body_tex"] = MappingNetwork(Z_DIM, attributes, SKIN_DIM, CENTRES, choices, size.width)
         for part in PARTS:
             self.mappings[f"{part}_shape"] = mapping(((0, items[part] + (part in CLOTH)),))
             self.mappings[f"{part}_tex"] = mapping(((OWN, PLAIN + 1),))
@@ -103,6 +110,9 @@ class PeopleModel:
             torch.arange(self.tree.n, device=device), self.networks.control_skin_weights.argmax(1)
         ].cpu()
         self.control_region = torch.tensor([region_of(n) for n in self.bones])[dominant.long()].to(device)
+        reach = torch.tensor([[c - h for c, h in zip(HAT.centre, HAT.half_size)],
+                              [c + h for c, h in zip(HAT.centre, HAT.half_size)]])  # fmt: skip
+        self.focus = Focus(*FOCUS, axis=(0.0, 0.04), reach=reach)
         self.region_density = torch.tensor([DENSITY.get(name.split("_")[0], 1.0) for name in REGIONS], device=device)
 
     @torch.no_grad()
@@ -135,8 +145,10 @@ class PeopleModel:
                 return {}
             centres = self.networks.mappings[f"{part}_shape"].centres
             shape = centres[centres[:, WORN] > 0][:1]
-        return {f"{part}/shape": shape,
-                f"{part}/tex": self.networks.mappings[f"{part}_tex"](z[f"{part}/tex"], condition, psi)}  # fmt: skip
+        tex = self.networks.mappings[f"{part}_tex"](z[f"{part}/tex"], condition, psi)
+        if float(tex[0, OWN].detach()) > 0.5:  # the kit's own colours go with the kit's own palette
+            tex = torch.cat([self.networks.textures[part].palette(shape, tex), tex[:, OWN:]], 1)
+        return {f"{part}/shape": shape, f"{part}/tex": tex}
 
     def decode(self, latents: Latents, separate: bool = False) -> Sequence[PeopleField]:
         """The whole clothed person as one field, or one field per object: body, then what is worn, inner to outer."""
@@ -144,7 +156,7 @@ class PeopleModel:
             part, _, kind = name.partition("/")
             if kind not in ("shape", "tex") or part not in ("body", *PARTS):
                 raise PopulaceError("invalid_latents", f"The people family has no code named {name!r}.")
-            want = BODY_DIM if name == "body/shape" else CODE_DIM
+            want = {"body/shape": BODY_DIM, "body/tex": SKIN_DIM}.get(name, CODE_DIM)
             if tuple(code.shape) != (1, want):
                 raise PopulaceError("invalid_latents", f"{name} must have shape [1, {want}], not {list(code.shape)}.")
         missing = [f"{p}/{k}" for p in ("body", *PARTS) for k in ("shape", "tex")
@@ -199,30 +211,35 @@ class Person:
         self.volumes = {p: net.shapes[p].mixed(codes[f"{p}/shape"]) for p in self.worn}
         self.planes = {p: net.textures[p].mixed(codes[f"{p}/shape"], codes[f"{p}/tex"]) for p in self.worn}
         self.skin = net.body_tex.mixed(codes["body/tex"])
+        self.skirted = "bottom" in self.worn and "skirt" in model.describe_part("bottom", codes)
         self.displacement, ends = net.body_shape(codes["body/shape"])
         count = len(model.bones)
         self.rig = Rig(model.bones, model.parents, ends[:count], ends[count:])
 
     def distances(
         self, points: Float[Tensor, "N 3"], worn: Sequence[str] | None = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Distances to the body and to what is `worn` (all there is, if None), and of the worn parts' surfaces without
-        their borders. What an outer part covers lies below it."""
+        their borders, and to the borders. What an outer part covers lies below it."""
         body = self.model.networks.body_field(points)
-        layers, surfaces = [body], {}
-        for part in self.worn if worn is None else worn:
+        layers, surfaces, edges = [body], {}, {}
+        worn = self.worn if worn is None else worn
+        for part in worn:
             base, edge = self.model.networks.shapes[part](self.volumes[part], self.codes[f"{part}/shape"], points, body)
-            surfaces[part] = base = base - EASE.get(part, 0.0)
+            surfaces[part], edges[part] = base, edge = base - EASE.get(part, 0.0), edge
+            if part == "top" and self.skirted and "bottom" in worn:  # it hangs over the skirt, which spans the legs
+                surfaces[part] = base = torch.minimum(base, layers[-1] - EASE[part])
             if part in CLOTH:  # thin towards its borders, or steps of less than a lattice cell would look torn
-                thick = body - base - HEM
+                thick = functools.reduce(torch.minimum, layers) - base - HEM
                 near = ((edge + 0.02) / 0.018).clamp(0, 1) * ((0.03 - thick) / 0.012).clamp(0, 1)
                 base = base + near * thick.clamp(min=0)
             outer = torch.maximum(base, edge)
             # it covers what it stands out from, near its own surface: farther off its distance is truncated
             covers = torch.sigmoid((body - 0.0012 - outer) / 0.0004) * torch.sigmoid((0.02 - outer) / 0.001)
+            covers = covers * torch.sigmoid(-edge / 0.0004)  # and nothing beyond its hem
             layers = [inner + covers * (outer + 0.004 - inner).clamp(min=0) for inner in layers]
             layers.append(outer)
-        return layers, surfaces
+        return layers, surfaces, edges
 
     def color(self, part: str, points: Float[Tensor, "N 3"], facing: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         net, code = self.model.networks, self.codes[f"{part}/tex"]
@@ -232,11 +249,11 @@ class Person:
 
     def material(self, part: str, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         """Roughness and metallic of one part."""
+        net = self.model.networks
         if part == "body":
-            roughness = self.model.networks.body_tex.roughness(self.skin, points)
-        else:
-            roughness = points.new_full((len(points),), ROUGHNESS[part])
-        return torch.stack([roughness, torch.zeros_like(roughness)], 1)
+            roughness = net.body_tex.roughness(self.skin, points)
+            return torch.stack([roughness, torch.zeros_like(roughness)], 1)
+        return net.shapes[part].material(self.codes[f"{part}/shape"]).expand(len(points), 2)
 
 
 class PeopleField:
@@ -247,10 +264,9 @@ class PeopleField:
         self.name = part or "human"
         self.model, self.codes, self.rig, self.worn = person.model, person.codes, person.rig, person.worn
         self.displacement = person.displacement
-        self.skirted = "bottom" in self.worn and "skirt" in str(person.model.describe_part("bottom", person.codes))
         self.bounds = self.model.bounds
         self._labelled: tuple[Tensor, int, Tensor] | None = None
-        self.region_density = self.model.region_density
+        self.focus, self.region_density = self.model.focus, self.model.region_density
 
     def body_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Distance to the naked canonical body."""
@@ -261,7 +277,7 @@ class PeopleField:
         return self.person.distances(points)[0]
 
     def _sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        layers, surfaces = self.person.distances(points)
+        layers, surfaces, _ = self.person.distances(points)
         if self.part is None:
             return functools.reduce(torch.minimum, layers)
         s = layers[self.person.parts.index(self.part)]
@@ -282,9 +298,11 @@ class PeopleField:
     def _label(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         if self.part is not None:
             return torch.full((len(points),), self.person.parts.index(self.part), device=points.device)
-        best, *rest = self.layers(points)
+        (best, *rest), _, edges = self.person.distances(points)
         label = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-        for i, layer in enumerate(rest, 1):
+        for i, (part, layer) in enumerate(zip(self.person.worn, rest, strict=True), 1):
+            # a hem is as straight as its border, also where the lattice is not and between two cloths
+            layer = layer + RIM * (edges[part] > 0)
             label = torch.where(layer < best, i, label)
             best = torch.minimum(best, layer)
         return label
@@ -339,18 +357,21 @@ class PeopleField:
         top, which = dense.topk(4, dim=1)
         return which, top / top.sum(1, keepdim=True)
 
-
     def _hang(self, points: Tensor, dense: Tensor) -> None:
-        """Skirts hang from both legs: at the middle a point follows half of each, not first one, then the other."""
-        if self.skirted and self.part in (None, "bottom"):
-            cloth = self.label(points) == self.person.parts.index("bottom")
+        """Skirts, and tops over them, hang from both legs: at the middle a point follows half of each, not first one,
+        then the other; next to a leg it follows that leg, to which its underside is joined."""
+        if self.person.skirted and self.part in (None, *CLOTH):
+            label, hanging = self.label(points), [i for i, p in enumerate(self.person.parts) if p in CLOTH]
+            cloth = torch.isin(label, torch.tensor(hanging, device=points.device))
             share = ((points[:, 0] + 0.15) / 0.3).clamp(0, 1)
-            share = torch.where(cloth, share * share * (3 - 2 * share), -1.0)
+            share = share * share * (3 - 2 * share)
+            free = (self.body_sdf(points) / FREE).clamp(0, 1) * cloth
+            free = free * free * (3 - 2 * free)
             for bone in ("thigh", "calf"):
                 left, right = (self.model.bones.index(f"{bone}_{side}") for side in "lr")
                 both = dense[:, left] + dense[:, right]
-                dense[:, left] = torch.where(cloth, both * share, dense[:, left])
-                dense[:, right] = torch.where(cloth, both * (1 - share), dense[:, right])
+                dense[:, left] += free * (both * share - dense[:, left])
+                dense[:, right] += free * (both * (1 - share) - dense[:, right])
 
 
 def load(device: torch.device, weights: Weights | None) -> PeopleModel:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from backend.families.people import cut
 from backend.families.people.config import (
@@ -23,10 +24,10 @@ from backend.families.people.config import (
     CLOTH,
     EYES,
     FACE,
+    FRONT,
     IRIS,
-    LIPS,
+    LASHES,
     LOOSE,
-    MOUTH,
     OWN,
     PATTERN,
     ROUGHNESS,
@@ -114,10 +115,16 @@ class LocalShape(nn.Module):
         self.cloth = part in CLOTH
         self.base = nn.ModuleList(GridBank(g.volume, items, g.step) for g in size.shape[part])
         self.edge = nn.ModuleList(GridBank(g.volume, items, g.edge_step) for g in size.shape[part])
+        self.register_buffer("materials", torch.zeros(items + self.cloth, 2))  # roughness and metallic of each item
+
+    def material(self, w: Float[Tensor, "1 W"]) -> Float[Tensor, " 2"]:
+        """Roughness and metallic of the mix of items."""
+        share = w[0, : len(self.materials)].clamp(min=0)
+        return share @ self.materials / share.sum().clamp(min=1e-6)
 
     def mixed(self, w: Float[Tensor, "1 W"]) -> Mixed:
         a = w[0, : self.items]
-        return Mixed([bank(a) for bank in self.base], [bank(a) for bank in self.edge])
+        return Mixed([bank(a) for bank in self.base], [_smooth(bank(a)) for bank in self.edge])
 
     def forward(
         self, mixed: Mixed, w: Float[Tensor, "1 W"], points: Float[Tensor, "N 3"], body: Float[Tensor, " N"]
@@ -134,23 +141,41 @@ class LocalShape(nn.Module):
         return torch.where(held, base, FAR), torch.where(held, edge, FAR)
 
 
+def _smooth(grid: Float[Tensor, "1 X Y Z"]) -> Float[Tensor, "1 X Y Z"]:
+    """A binomial filter along each axis: which side of a border a node is on is uncertain near folded collars."""
+    out = F.pad(grid[None], (1,) * 6, mode="replicate")
+    for axis in (2, 3, 4):
+        n = out.shape[axis]
+        low, middle, high = (out.narrow(axis, k, n - 2) for k in range(3))
+        out = 0.25 * low + 0.5 * middle + 0.25 * high
+    return out[0]
+
+
 def _blend(banks: nn.ModuleList, points: Tensor, read: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "N C+1"]:
-    """Values of the volumes that hold each point, window-weighted; the last column is 0 where there is none."""
-    out = total = None
+    """Values of the volumes that hold each point, later ones over earlier ones; the last column is 0 where there is
+    none."""
+    out = held = None
     for i, bank in enumerate(banks):
         local = bank.volume.local(points)
         inside = (local.abs() < 1).all(-1).nonzero().squeeze(1)
         local = local[inside]
-        weight = bank.volume.window(local)[:, None] + 1e-6
-        values = read(i, local) * weight
+        values = read(i, local)
         if out is None:
-            out, total = values.new_zeros(len(points), values.shape[1]), values.new_zeros(len(points), 1)
-        out, total = out.index_add(0, inside, values), total.index_add(0, inside, weight)
-    return torch.cat([out / total.clamp(min=1e-12), total], 1)
+            out, held = values.new_zeros(len(points), values.shape[1]), values.new_zeros(len(points), 1)
+        out, held = _lay(out, held, inside, values, bank.volume.window(local)[:, None])
+    return torch.cat([out, held], 1)
+
+
+def _lay(out: Tensor, held: Tensor, at: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`values` over `out` at rows `at`, as far as their weight goes; alone where nothing was held before."""
+    below = held[at] * (1 - weight)
+    weight = weight + 1e-6
+    mixed = (out[at] * below + values * weight) / (below + weight)
+    return out.index_copy(0, at, mixed), held.index_copy(0, at, torch.ones_like(below))
 
 
 class ColorBank(nn.Module):
-    """Colour planes in several volumes, blended where they overlap."""
+    """Colour planes in several volumes, coarse to fine; the finer one counts where several hold a point."""
 
     def __init__(self, boxes: Sequence[tuple[Volume, Sequence[Side]]], rank: int, channels: int) -> None:
         super().__init__()
@@ -162,20 +187,18 @@ class ColorBank(nn.Module):
     def forward(
         self, planes: list[list[Tensor]], points: Float[Tensor, "N 3"], facing: Float[Tensor, "N 3"]
     ) -> Float[Tensor, "N C"]:
-        """Values at points on surfaces that face `facing`; 0 where no volume reaches."""
-        if len(self.boxes) == 1:
-            volume = self.boxes[0].volume
-            return self.boxes[0].read(planes[0], volume.local(points), volume.turned(points, facing))
-
+        """Values at points on surfaces that face `facing`, later volumes over earlier ones; 0 where none reaches."""
         out = points.new_zeros(len(points), planes[0][0].shape[0])
-        total = points.new_zeros(len(points), 1)
+        held = points.new_zeros(len(points), 1)
         for box, mixed in zip(self.boxes, planes, strict=True):
             local = box.volume.local(points)
-            at = (local.abs() < 1).all(-1).nonzero().squeeze(1)
-            weight = box.volume.window(local[at])[:, None] + 1e-6
-            values = box.read(mixed, local[at], box.volume.turned(points[at], facing[at])) * weight
-            out, total = out.index_add(0, at, values), total.index_add(0, at, weight)
-        return out / total.clamp(min=1e-12)
+            turned = box.volume.turned(points, facing)
+            weight = (local.abs() < 1).all(-1) * box.volume.window(local) * box.coverage(turned)
+            at = (weight > 0).nonzero().squeeze(1)
+            if at.numel():
+                values = box.read(mixed, local[at], turned[at])
+                out, held = _lay(out, held, at, values, weight[at, None])
+        return out
 
 
 class LocalTexture(nn.Module):
@@ -190,6 +213,12 @@ class LocalTexture(nn.Module):
         self.part, self.items = part, items
         self.tone = ColorBank([(c.volume, c.tone) for c in size.tex[part]], items, 1)
         self.hue = ColorBank([(c.volume, c.hue) for c in size.tex[part]], items, 3)
+        self.register_buffer("palettes", torch.zeros(items, OWN))  # of the kit's own colours
+
+    def palette(self, w_shape: Float[Tensor, "1 W"], w_tex: Float[Tensor, "1 W"]) -> Float[Tensor, "1 6"]:
+        """The palette that the items' own colours are relative to; that of w_tex where no item is worn."""
+        share = w_shape[:, : self.items].clamp(min=0)
+        return share @ self.palettes + (1 - share.sum(1, keepdim=True)).clamp(min=0) * w_tex[:, :OWN]
 
     def mixed(self, w_shape: Float[Tensor, "1 W"], w_tex: Float[Tensor, "1 W"]) -> tuple[list, list]:
         a = w_shape[0, : self.items]
@@ -211,22 +240,28 @@ class LocalTexture(nn.Module):
         return color
 
 
-class BodyTexture(nn.Module):
-    """w_tex of the body -> sRGB colour of skin, brows and eyes."""
+def skin_boxes(size: Size) -> list[tuple[Volume, Sequence[Side]]]:
+    """Volumes of the skin's colour, coarse to fine."""
+    return [(WHOLE, six_sides(size.skin)), (ARM, six_sides(size.arm)), (FACE, size.face),
+            (FRONT, (Side(2, 1, size.front),))]  # fmt: skip
 
-    def __init__(self, size: Size) -> None:
+
+class BodyTexture(nn.Module):
+    """w_tex of the body -> sRGB colour of skin, brows and eyes: shares of those of the training data."""
+
+    def __init__(self, size: Size, skins: int, brows: int, irises: int) -> None:
         super().__init__()
-        skins = 1 + SKIN.stop - SKIN.start
-        boxes = [(FACE, size.face), (ARM, six_sides(size.arm)), (WHOLE, six_sides(size.skin))]
-        self.skin = ColorBank(boxes, skins, 3)
-        self.brow = PlaneBank(BROWS, (Side(2, 1, size.brow),), 1 + BROW.stop - BROW.start, 1)
-        self.iris = PlaneBank(EYES, (Side(2, 1, size.eye),), IRIS.stop - IRIS.start, 3)
+        self.skin = ColorBank(skin_boxes(size), skins, 3)
+        self.brow = PlaneBank(BROWS, (Side(2, 1, size.brow),), brows, 1)
+        self.iris = PlaneBank(EYES, (Side(2, 1, size.eye),), irises, 3)
+        self.gloss = PlaneBank(FRONT, (Side(2, 1, size.gloss),), 1, 1)  # how much rougher the face is than the body
+        self.lash = PlaneBank(EYES, (Side(2, 1, size.eye),), 1, 1)  # line of the lashes, and their shadow on the eye
         self.eye = PlaneBank(EYES, (Side(2, 1, size.eye),), 1, 1)  # how much of a texel is eyeball
 
     def mixed(self, w: Float[Tensor, "1 W"]) -> tuple[list, list, list, list]:
-        one = w.new_ones(1)
-        return (self.skin.mixed(torch.cat([one, w[0, SKIN]])), self.brow(torch.cat([one, w[0, BROW]])),
-                self.iris(w[0, IRIS]), self.eye(one))  # fmt: skip
+        skin, brow, iris = (w[0, at.start : at.start + len(planes[0])] for at, planes in (
+            (SKIN, self.skin.boxes[0].planes), (BROW, self.brow.planes), (IRIS, self.iris.planes)))  # fmt: skip
+        return self.skin.mixed(skin), self.brow(brow), self.iris(iris), self.eye(w.new_ones(1))
 
     def forward(
         self,
@@ -239,16 +274,19 @@ class BodyTexture(nn.Module):
         skin, brow, iris, eye = mixed
         out = (1 + self.skin(skin, points, facing)) * w[0, :3]
         out = self._over(out, self.brow, BROWS, points, lambda local: (
-            0.75 * self.brow.read(brow, local, local).clamp(0, 1), w[0, 3:6].expand(len(local), 3)))  # fmt: skip
-        return self._over(out, self.eye, EYES, points, lambda local: (
+            0.9 * self.brow.read(brow, local, local).clamp(0, 1), w[0, 3:6].expand(len(local), 3)))  # fmt: skip
+        out = self._over(out, self.eye, EYES, points, lambda local: (
             self.eye.read(eye, local, local).clamp(0, 1), self.iris.read(iris, local, local)))  # fmt: skip
+        lash, color = self.lash(w.new_ones(1)), w.new_tensor(LASHES)
+        return self._over(out, self.lash, EYES, points, lambda local: (
+            self.lash.read(lash, local, local).clamp(0, 1), color.expand(len(local), 3)))  # fmt: skip
 
     def roughness(self, mixed: tuple[list, list, list, list], points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Of skin, lips and the wet eyeballs."""
-        (x, y), (wide, high) = MOUTH
-        lips = 1.5 - ((points[:, 0] - x) / wide) ** 2 - ((points[:, 1] - y) / high) ** 2
-        lips = torch.where(points[:, 2] > 0.1, lips.clamp(0, 1), 0.0)
-        out = (ROUGHNESS["body"] + lips * (LIPS - ROUGHNESS["body"]))[:, None]
+        local = FRONT.local(points)
+        share = ((local.abs() < 1).all(-1) * FRONT.window(local))[:, None]
+        out = ROUGHNESS["body"] + share * self.gloss.read(self.gloss(share.new_ones(1)), local, local.new_tensor(
+            [0.0, 0.0, 1.0]).expand_as(local))  # fmt: skip
         wet = out.new_tensor([[WET]])
         return self._over(out, self.eye, EYES, points, lambda local: (
             self.eye.read(mixed[3], local, local).clamp(0, 1), wet.expand(len(local), 1)))[:, 0]  # fmt: skip

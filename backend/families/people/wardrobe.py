@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What users call the garments and hair styles: words to items with trims, and back. No torch."""
+"""What users call garments, hair styles and eyes: words to items with trims, and back. No torch."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ STYLES: dict[str, dict[str, tuple[Style, ...]]] = {
 """Words, and the items that make them, best first."""
 
 CHOICES = {part: ("none", *words) for part, words in STYLES.items()}
+
+
+EYES = {"blue": "blue", "bluegreen": "blue-green", "brown": "brown", "brownlight": "light brown",
+        "deepblue": "deep blue", "green": "green", "grey": "grey", "ice": "ice", "lightblue": "light blue"}  # fmt: skip
+"""Irises of the kit, and their colours' names."""
 
 
 def styles(part: str, word: str) -> tuple[Style, ...]:
