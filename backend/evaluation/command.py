@@ -18,7 +18,8 @@ from backend.settings import Settings
 
 KIT = "MAKEHUMAN_DATA"  # environment variable
 NEED_KIT = {"renders", "shapes", "novelty", "reconstruction"}
-SECTIONS = ("renders", "shapes", "novelty", "health", "height", "swap", "labels", "attributes", "reconstruction")
+SECTIONS = ("renders", "shapes", "novelty", "health", "height", "swap", "labels", "attributes",
+            "sliders", "objects", "reconstruction")  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=options.seed, default=0, help="of the first generated person (default: 0)")
     parser.add_argument("--reconstructions", type=options.positive, default=20, help="test people (default: 20)")
     parser.add_argument("--few", type=options.positive, default=25, help="for swaps, labels, sliders (default: 25)")
+    parser.add_argument("--objects", type=options.positive, default=100, help="people taken apart (default: 100)")
     parser.add_argument("--inception", type=Path, help="torchvision's inception_v3 weights as safetensors, for FID")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")
     options.add_device(parser)
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
         model = families.load(args.family, settings.device, settings)
         report = people.run(model, info, reference, people.Options(
             count=args.count, only=tuple(args.only), minutes=args.minutes, cache=args.cache, seed=args.seed,
-            truncation_psi=args.truncation_psi, swaps=args.few, few=args.few, reconstructions=args.reconstructions,
-            inception=args.inception,
+            truncation_psi=args.truncation_psi, swaps=args.few, few=args.few, objects=args.objects,
+            reconstructions=args.reconstructions, inception=args.inception,
         ), progress.show)  # fmt: skip
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else as_text(report))
 

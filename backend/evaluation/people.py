@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from backend import __version__
-from backend.evaluation import features, images, lightfield, metrics, parts, shapes
+from backend.evaluation import features, images, lightfield, measure, metrics, parts, shapes
 from backend.evaluation.command import NEED_KIT, SECTIONS
 from backend.evaluation.portraits import GRID, VIEWS, Portrait, cached, generated, stack
 from backend.evaluation.rebuild import Reality, rebuild
@@ -63,7 +63,8 @@ class Options:
     seed: int = 0  # of the first generated person
     grid: int = GRID
     swaps: int = 25  # pairs
-    few: int = 25  # people for heights, labels and sliders
+    few: int = 25  # people for heights, labels and sliders; a third of them is measured
+    objects: int = 100  # people taken apart
     reconstructions: int = 20
     steps: Steps = field(default_factory=Steps)
     inception: Path | None = None
@@ -117,6 +118,10 @@ def run(
         "swap": lambda: parts.swap_locality(model, _pairs(model, few, options), grid=options.grid),
         "labels": lambda: parts.label_iou(model, few[: options.few], options.grid),
         "attributes": lambda: parts.sliders(model, info.attributes, few[: options.few]),
+        "sliders": lambda: measure.slider_effects(model, info.attributes, few[: max(3, options.few // 3)]),
+        "objects": lambda: measure.object_pieces(
+            model, [model.sample(options.seed + i, options.truncation_psi, {}) for i in range(options.objects)],
+            options.grid),
         "reconstruction": lambda: reference and _reconstructions(model, reference, seeds["test"], options, left, step),
     }
     seconds = {"portraits": round(time.monotonic() - begin, 1)}
@@ -138,7 +143,7 @@ def run(
 def _impossible(name: str, model: FamilyModel, info: FamilyInfo, sets: Sets, left: bool) -> str:
     if name in PORTRAITS and len(sets.generated) < 5:
         return "fewer than five people per set"
-    if name in ("height", "attributes") and not (hasattr(model, "describe") and hasattr(model, "edit")):
+    if name in ("height", "attributes", "sliders") and not (hasattr(model, "describe") and hasattr(model, "edit")):
         return f"the family {model.name!r} does not describe its people"
     if name == "height" and "height_m" not in {a.name for a in info.attributes}:
         return f"the family {model.name!r} does not know heights"

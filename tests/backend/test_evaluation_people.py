@@ -17,11 +17,12 @@ from scipy.spatial import cKDTree
 
 from backend import __main__ as cli
 from backend import families
-from backend.evaluation import parts, people, portraits, rebuild, reconstruct, shapes
+from backend.evaluation import measure, parts, people, portraits, rebuild, reconstruct, shapes
 from backend.evaluation.command import as_text
 from backend.evaluation.portraits import PARTS
 from backend.families.base import Attribute, Latents, Rig
 from backend.families.capsule.model import CapsuleModel
+from tests.backend.geometry_fields import Shape
 
 GRID = 40
 
@@ -31,6 +32,7 @@ class Ball:
 
     name = "human"
     rig = None
+    focus = None
     region_density = None
 
     def __init__(self, radius: torch.Tensor, move: torch.Tensor) -> None:
@@ -212,6 +214,7 @@ class Snowman:
     """A head (face), two hands, shoes and a top, all balls; `leak` moves the hands when the top changes."""
 
     name = "human"
+    focus = None
     region_density = None
     worn = ("top", "shoes")
     bounds = torch.tensor([[-0.9, 0.0, -0.5], [0.9, 1.8, 0.5]])
@@ -307,6 +310,42 @@ def test_sliders_of_the_capsule_person_are_exact() -> None:
         assert figures["hit"] == 1, name
     assert found["height_m"]["leak"] < 1e-3
     assert parts.height_error(model, latents[:2], 128)["largest"] < 0.01
+
+
+def test_sliders_are_measured_on_the_surface() -> None:
+    """The capsule's height moves the measured height by what was asked for, and no colour; wider capsules have bulk."""
+    model = CapsuleModel(torch.device("cpu"))
+    latents = [model.sample(s, 0.7, {}) for s in range(4)]
+    found = measure.slider_effects(model, INFO.attributes, latents, 64)
+    assert set(found) == {"height_m", "weight"}
+    assert found["height_m"]["error_m"] < 0.01
+    assert found["height_m"]["height_m"] > 2
+    assert found["weight"]["height_m"] < 0.2
+    assert found["weight"]["bulk"] > 1
+    colors = {k: v for figures in found.values() for k, v in figures.items() if k.endswith("_color")}
+    assert colors
+    assert max(colors.values()) < 1e-3
+
+
+def test_objects_in_pieces_are_found() -> None:
+    """A pair of shoes is whole, a top in two is not; the snowman's head and hands are three pieces, of which the
+    largest is kept."""
+
+    class Apart(Snowmen):
+        def decode(self, latents, separate=False):
+            def balls(*places):
+                return lambda p: torch.stack([(p - torch.tensor(c)).norm(dim=1) - 0.15 for c in places]).amin(0)
+
+            pair = balls((-0.3, 0.0, 0.0), (0.3, 0.0, 0.0))
+            fields = [Shape(pair), Shape(pair), Shape(balls((0.0, 0.0, 0.0)))]
+            for field, name in zip(fields, ("shoes", "top", "hair"), strict=True):
+                field.name = name
+            return fields
+
+    found = measure.object_pieces(Apart(), [snowman(0.0)], 48)
+    assert found is not None
+    assert {k: v["whole"] for k, v in found.items()} == {"shoes": 1, "top": 0, "hair": 1}
+    assert all(v["closed"] == 1 for v in found.values())
 
 
 def test_sliders_that_miss_and_leak_are_found() -> None:
