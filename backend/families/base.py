@@ -58,6 +58,7 @@ class HumanField(Protocol):
     rig: Rig | None
     focus: Focus | None  # where the lattice of the surface is finer
     region_density: Float[Tensor, " R"] | None  # per region: texels and triangles per area, relative to the others
+    # A field may also have `colors_vertices = True`: after extraction everything is asked where vertices have moved to.
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Metres to the surface, negative inside; exact sign everywhere, magnitude truncated or approximate far off."""
@@ -90,10 +91,8 @@ class HumanField(Protocol):
 
 
 @runtime_checkable
-class LatticeField(HumanField, Protocol):
-    """A field that is cheap at all nodes of a lattice at once, and whose values need not be distances."""
-
-    colors_vertices: bool  # `color` and `material` take points of person space: where the vertices have moved to
+class LatticeField(Protocol):
+    """What a `HumanField` also has if all nodes of a lattice are cheap at once; its values need no distances."""
 
     def sdf_on_axes(self, axes: Sequence[Float[Tensor, " n"]]) -> np.ndarray[Any, Any]:
         """`sdf` at every node (x, y, z) of the three axes, float32 [X, Y, Z]; zero or more beyond `bounds`."""

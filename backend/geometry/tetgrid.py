@@ -189,7 +189,7 @@ def _surface_of(
     if not torch.isfinite(both).all():
         raise PopulaceError("empty_surface", f"The offsets of {field.name!r} are not finite.", "Try another seed.")
     vertices = both[:, 3:].contiguous()
-    points = vertices if isinstance(field, LatticeField) and field.colors_vertices else both[:, :3].contiguous()
+    points = vertices if getattr(field, "colors_vertices", False) else both[:, :3].contiguous()
     return TriMesh(vertices, torch.from_numpy(faces).to(device), points)
 
 

@@ -145,6 +145,10 @@ class Get3dField:
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return self._asked(points, self.decoded.offset) * self.metres
 
+    def counterpart(self, points: Float[Tensor, "N 3"], other: Get3dField) -> Float[Tensor, "N 3"]:
+        """Heights differ by a factor."""
+        return points * (other.metres / self.metres)
+
     def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
         return torch.zeros(len(points), dtype=torch.int64, device=points.device)
 

@@ -178,9 +178,9 @@ class SeparateSynthesis(Synthesis):
         blocks = self.config.blocks
         geo = ws_geo.unbind(1)
         volumes = (self.geometry_synthesis_sdf(geo), self.geometry_synthesis_def(geo))
-        longer = ws_tex.shape[1] - ws_geo.shape[1]  # texture sees the geometry's code, and does not teach it
-        padded = torch.cat([ws_geo, ws_geo[:, -1:].expand(-1, longer, -1)], 1).detach()
-        rows = torch.cat([ws_tex, padded], 2).unbind(1)
+        repeated = torch.arange(ws_tex.shape[1], device=ws_geo.device).clamp(max=len(geo) - 1)
+        seen = ws_geo[:, repeated].detach()  # texture sees the geometry's code, and does not teach it
+        rows = torch.cat([ws_tex, seen], 2).unbind(1)
         convs, heads = own_rows(blocks)
         planes = self.geometry_synthesis_tex.tri_plane_synthesis(
             [rows[i] for i in convs], {"torgb": [rows[i] for i in heads]}, noise_mode
