@@ -255,6 +255,8 @@ class POPULACE_OT_apply_edit(bpy.types.Operator):
             return {"CANCELLED"}
         job.note = job.tag.apply(context, job.human)
         job.taken, job.human = True, None
+        if not job.note:  # the person shows it, and the history
+            del session.jobs[job.id]
         return {"FINISHED"}
 
 

@@ -261,7 +261,8 @@ def _draw_job(layout: Any, context: bpy.types.Context, job: Job) -> None:
         row.label(text=f"{name}, {'waiting' if job.human else 'receiving'}", icon="IMPORT")
     else:
         row.label(text=name, icon="CHECKMARK")
-        row.operator("populace.insert_result", text="", icon="IMPORT", emboss=False).job_id = job.id
+        if tasks.step_of(job) == "insert_result":
+            row.operator("populace.insert_result", text="", icon="IMPORT", emboss=False).job_id = job.id
     if job.note:
         layout.label(text=job.note, icon="INFO")
 

@@ -120,7 +120,7 @@ def session() -> Session | None:
 
 def listed_jobs() -> list[Job]:
     """The jobs that somebody asked for by name; not previews and the like."""
-    return [job for job in _bridge.session.jobs.values() if _step_of(job)] if _bridge is not None else []
+    return [job for job in _bridge.session.jobs.values() if step_of(job)] if _bridge is not None else []
 
 
 def hold() -> str:
@@ -167,7 +167,7 @@ def pump(budget_s: float = TICK_BUDGET_S) -> bool:
         return is_busy
     _bridge.run_loop(budget_s)
     arrived = _bridge.session.arrived
-    quiet = next((job for job in arrived if not _step_of(job)), None)
+    quiet = next((job for job in arrived if not step_of(job)), None)
     why = _reason_to_wait() if arrived else ""
     if why != _bridge.hold:
         _bridge.hold = why
@@ -225,7 +225,7 @@ def _insert(working: Session, job: Job) -> None:
     """By operator, so that it is one named undo step."""
     try:
         with _window_override():
-            getattr(bpy.ops.populace, _step_of(job))("EXEC_DEFAULT", True, job_id=job.id)
+            getattr(bpy.ops.populace, step_of(job))("EXEC_DEFAULT", True, job_id=job.id)
     except Exception as error:  # a failing operator raises RuntimeError with its report
         log.warning("insert %s: %s", job.id, error)
         job.fail(BackendError("insert_failed", "The person could not be put into the scene.", _last_words(error)))
@@ -233,7 +233,8 @@ def _insert(working: Session, job: Job) -> None:
     working.touch()
 
 
-def _step_of(job: Job) -> str:
+def step_of(job: Job) -> str:
+    """The operator that takes this job's result, "" for none."""
     return getattr(job.tag, "operator", "insert_result")
 
 

@@ -110,9 +110,8 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from gui.until(lambda: len(people()[0].populace.versions) == 2, 30)
     root = people()[0]
 
-    # Re-roll the hair: the round arrow in its row.
+    # Re-roll the hair.
     yield from shot(gui, "6_parts")
-    _, y = yield from seen(gui, "Re-roll")
     with gui.override():
         bpy.ops.populace.reroll("INVOKE_DEFAULT", part="hair", seed=5)
     yield from gui.until(settled(root, 3), PATIENCE_S)
