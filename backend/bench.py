@@ -7,6 +7,7 @@ in one run, on the same field and mesh, so that their ratio means something on a
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from backend.geometry.simplify import simplify
 from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.progress import Progress
-from backend.protocol import GenerateRequest
+from backend.protocol import GenerateRequest, PopulaceError
 from backend.settings import Settings
 
 GROWTH = (128, 256, 512)
@@ -44,9 +45,19 @@ def run(request: GenerateRequest, settings: Settings, repeat: int, quick: bool) 
     with Progress(plain=True) as progress:
         progress.show("loading the model", 0)
         begin = time.perf_counter()
-        model = families.load(request.family, settings.device, settings)
+        own = _of_family(request.family)
+        try:
+            model = families.load(request.family, settings.device, settings)
+        except PopulaceError as error:
+            if own is None or error.code != "weights_missing":
+                raise
+            model = own.stand_in(torch.device(families.resolve_device(settings.device)))
         report: dict[str, Any] = {"machine": _machine(model.device), "request": request.model_dump(mode="json"),
-                                  "repeat": repeat, "load_s": round(time.perf_counter() - begin, 3)}  # fmt: skip
+                                  "repeat": repeat, "load_s": round(time.perf_counter() - begin, 3),
+                                  "random_weights": own is not None and model.weights_sha256 is None}  # fmt: skip
+        if own is not None:
+            progress.show("the family's networks", 0.02)
+            report["networks"] = own.run(model, repeat)
         progress.show("warming up", 0.05)
         pipeline.generate(request, model)
         progress.show("one person", 0.1)
@@ -63,6 +74,13 @@ def run(request: GenerateRequest, settings: Settings, repeat: int, quick: bool) 
             report["ratios"] = _ratios(request, model, repeat)
         progress.show("done", 1)
     return report
+
+
+def _of_family(name: str) -> Any:
+    """The family's own measurements, if it has any: `stand_in(device)`, a model of random weights of the published
+    sizes for when the user has none, and `run(model, repeat)`, rows of its steps."""
+    where = f"backend.families.{name}.bench"
+    return importlib.import_module(where) if find_spec(where) else None
 
 
 def _person(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[str, Any]:
@@ -220,6 +238,12 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"{row['grid_resolution']:>5}{row['sdf_evaluations']:>13,}{row['fine_faces']:>11,}"
                          f"{row['seconds']['surface']:>11.3f}{row['seconds']['total']:>9.3f}"
                          f"{row['peak_rss_mib']:>7.0f}")  # fmt: skip
+    if "networks" in report:
+        kind = "random weights of the published sizes" if report["random_weights"] else "the imported weights"
+        lines += ["", f"{report['request']['family']} with {kind}"]
+        for row in report["networks"]:
+            seconds = "" if "ratio" in row else f"{row['seconds']:>9.3f} s{row['rss_mib']:>8.0f} MiB"
+            lines.append(f"{row['step']:<28}{seconds or format(row['ratio'], '>9.1f') + 'x'}")
     for name, row in report.get("ratios", {}).items():
         fast, slow = list(row.items())[1:3]
         lines.append(f"{name}: {slow[0][:-2]} {slow[1]:.2f} s, {fast[0][:-2]} {fast[1]:.3f} s: {row['ratio']}x")

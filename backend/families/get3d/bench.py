@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`populace bench --family get3d`: what each network costs at the published widths, and extraction against the plain
+way. Without imported weights it takes random ones of the published sizes: the time is the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from backend.families.get3d.config import Config
+from backend.families.get3d.model import Get3dModel
+from backend.families.get3d.networks import Generator
+from backend.geometry import reference
+from backend.geometry.tetgrid import extract_surface
+
+GRIDS = (90, 128)
+
+
+def stand_in(device: torch.device) -> Get3dModel:
+    """Random weights of the published sizes, whose shapes have a surface."""
+    torch.manual_seed(0)
+    return Get3dModel(Generator(Config()), device)
+
+
+@torch.no_grad()
+def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
+    """A row per step: seconds (median of warm runs; plain ways once) and resident memory afterwards."""
+    codes = model.sample(0, 0.7, {}).codes
+    field = model.decode(model.sample(0, 0.7, {}))[0]
+    points = torch.rand(1, 100_000, 3, device=model.device) - 0.5
+    z = torch.randn(1, model.config.z_dim, device=model.device)
+    steps: list[tuple[str, Callable[[], object], int]] = [
+        ("both mappings", lambda: (model.generator.mapping(z), model.generator.mapping_geo(z)), repeat),
+        ("synthesis", lambda: model.generator.synthesis(codes["body/shape"][None], codes["body/tex"][None]), repeat),
+        ("sdf at 100 000 points", lambda: field.decoded.sdf(points), repeat),
+        ("colour at 100 000 points", lambda: field.decoded.color(points), repeat),
+    ]
+    for grid in GRIDS:
+        steps += [(f"surface at {grid}", lambda grid=grid: extract_surface(field, grid), repeat),
+                  (f"plain marching at {grid}", lambda grid=grid: reference.extract_dense(field, grid), 1)]  # fmt: skip
+    rows = []
+    for name, work, times in steps:
+        if times > 1:
+            work()
+        seconds = sorted(_timed(work, model.device) for _ in range(times))
+        rows.append({"step": name, "seconds": round(seconds[len(seconds) // 2], 4),
+                     "rss_mib": round(psutil.Process().memory_info().rss / 2**20)})  # fmt: skip
+    by_name = {row["step"]: row["seconds"] for row in rows}
+    for grid in GRIDS:
+        ratio = by_name[f"plain marching at {grid}"] / by_name[f"surface at {grid}"]
+        rows.append({"step": f"plain / ours at {grid}", "ratio": round(ratio, 1)})
+    return rows
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
