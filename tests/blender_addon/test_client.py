@@ -352,6 +352,24 @@ def test_blocking_client_starts_the_backend_and_lets_go_of_it(
 
 
 @needs_posix
+def test_client_in_a_with_block_keeps_one_connection(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with Client(script(home, monkeypatch, "good")) as client:
+        assert client._line is not None
+        session = client._line[1]
+        assert client.generate(seed=1).recipe["seed"] == 7
+        people = client.generate_all(Request(seed=i) for i in range(9))
+        next(people)
+        people.close()  # the rest is not wanted: what was sent ahead is cancelled
+        assert client.generate(seed=2, pose="rest").recipe["seed"] == 7
+        assert client.export("glb", seed=3) == making.packet(rings=4), "bytes as they came"
+        assert session.link is Link.READY
+    assert len((home / "starts").read_text().splitlines()) == 1
+    assert session.link is Link.OFF
+    await_no_child()
+
+
+@needs_posix
 @pytest.mark.parametrize(
     ("mode", "code", "said"),
     [
