@@ -22,7 +22,7 @@ import numpy as np
 from mathutils import Quaternion
 
 SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
-FRAMES = 8
+FRAMES = 5
 
 
 def frame_ms(gui: Any) -> float:
@@ -45,10 +45,11 @@ def drive(gui: Any) -> Iterator[Any]:
     tasks, ticks = importlib.import_module(package), []
     pump = tasks.pump
 
-    def timed(*args: Any) -> None:
+    def timed(*args: Any) -> Any:
         start = time.perf_counter()
-        pump(*args)
+        is_busy = pump(*args)
         ticks.append((time.perf_counter() - start) * 1000)
+        return is_busy
 
     tasks.pump = timed
     view = gui.area().spaces.active
