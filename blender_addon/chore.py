@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 CANCEL_PATIENCE_S: Final = 10.0
 MAX_LINE_BYTES: Final = 1 << 20
 _READ_BYTES: Final = 256 << 10
-_ETA_FROM: Final = 0.03  # of the whole; before that nothing can be said
+_PREPARED: Final = 0.05  # of the whole: what comes before goes at a pace of its own
+_ETA_FROM: Final = 0.15  # before that nothing can be said
 
 
 class Phase(Enum):
@@ -54,7 +55,8 @@ class Chore:
         self.error: BackendError | None = None
         self._outcome: tuple[Phase, BackendError | None] | None = None
         self._read_bytes, self._rest = 0, b""
-        self._began = self._cancelled_at = time.monotonic()
+        self._cancelled_at = time.monotonic()
+        self._prepared: tuple[float, float] | None = None  # when and at which fraction the steady part began
         self._folder = Path(tempfile.mkdtemp(prefix=process.FOLDER_PREFIX))
         flags: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
@@ -77,9 +79,10 @@ class Chore:
     @property
     def eta_s(self) -> float | None:
         """What is left if it goes on like this, None if nobody can tell."""
-        if self.ended or self.fraction < _ETA_FROM:
+        if self.ended or self._prepared is None or self.fraction < _ETA_FROM or self.fraction <= self._prepared[1]:
             return None
-        return (time.monotonic() - self._began) * (1 - self.fraction) / self.fraction
+        since, first = self._prepared
+        return (time.monotonic() - since) * (1 - self.fraction) / (self.fraction - first)
 
     def poll(self) -> bool:
         """Take in what was said. True if something visible changed."""
@@ -190,6 +193,8 @@ class Chore:
             fraction = float(said.get("fraction", 0.0))
             if math.isfinite(fraction):
                 self.fraction = min(max(fraction, self.fraction), 1.0)
+                if self._prepared is None and self.fraction >= _PREPARED:
+                    self._prepared = time.monotonic(), self.fraction
             self.stage, self.text = str(said.get("stage", ""))[:80], str(said.get("text", ""))[:80]
         elif event == "done":
             result = said.get("result")

@@ -69,10 +69,8 @@ def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:
         row.operator("populace.copy_setup_log", text="", icon="COPYDOWN")
         row.operator("populace.dismiss_chore", text="", icon="X")
         return
-    row = layout.row(align=True)
-    column = row.column()
-    _lines(column, context, _outcome(chore), "CHECKMARK" if chore.phase is Phase.DONE else "CANCEL")
-    row.operator("populace.dismiss_chore", text="", icon="X", emboss=False)
+    _lines(layout, context, _outcome(chore), "CHECKMARK" if chore.phase is Phase.DONE else "CANCEL")
+    layout.operator("populace.dismiss_chore", text="Dismiss")
 
 
 def _outcome(chore: Chore) -> str:

@@ -68,6 +68,18 @@ def test_what_it_says_is_known(begin: Callable[[str], Chore]) -> None:
     assert not job._folder.exists()
 
 
+def test_time_left_leaves_the_preparations_out(
+    begin: Callable[[str], Chore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, now = begin("good"), 1000.0
+    monkeypatch.setattr(chore.time, "monotonic", lambda: now)
+    for at, fraction, left in ((1000, 0.01, None), (1300, 0.05, None), (1301, 0.1, None), (1304, 0.25, 15.0)):
+        now = float(at)
+        job._take({"event": "progress", "stage": "", "fraction": fraction})
+        assert job.eta_s == (left if left is None else pytest.approx(left))
+    monkeypatch.undo()
+
+
 def test_a_failure_speaks(begin: Callable[[str], Chore]) -> None:
     job = begin("failing")
     until(job, Phase.FAILED)

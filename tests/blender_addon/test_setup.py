@@ -172,8 +172,9 @@ def test_progress_and_cancel(setup: Any) -> None:
     pump_until(setup, lambda: job.stage)
     shown = panel(setup)
     assert shown.texts[0] == "Downloading 25%"
-    assert shown.texts[1].startswith("torch 50 of 200 MB, ")
-    assert shown.texts[1].endswith(" left")
+    assert shown.texts[1] == "torch 50 of 200 MB"  # one figure alone is no pace
+    job._take({"event": "progress", "stage": "Downloading", "fraction": 0.5})
+    assert panel(setup).texts[1].endswith(" s left")
     assert not setup.bpy.ops.populace.setup_backend.poll()  # one at a time
     setup.bpy.ops.populace.cancel_chore()
     assert panel(setup).texts[0] == "Cancelling"
