@@ -223,11 +223,13 @@ class Person:
         their borders, and to the borders. What an outer part covers lies below it."""
         body = self.model.networks.body_field(points)
         layers, surfaces, edges = [body], {}, {}
-        worn = self.worn if worn is None else worn
-        for part in worn:
+        asked = self.worn if worn is None else worn
+        inner = max((i for i, p in enumerate(self.worn) if p in CLOTH and p in asked), default=0)
+        found = [p for i, p in enumerate(self.worn) if p in asked or i < inner]  # hems lie on what is below
+        for part in found:
             base, edge = self.model.networks.shapes[part](self.volumes[part], self.codes[f"{part}/shape"], points, body)
             surfaces[part], edges[part] = base, edge = base - EASE.get(part, 0.0), edge
-            if part == "top" and self.skirted and "bottom" in worn:  # it hangs over the skirt, which spans the legs
+            if part == "top" and self.skirted:  # it hangs over the skirt, which spans the legs
                 surfaces[part] = base = torch.minimum(base, layers[-1] - EASE[part])
             if part in CLOTH:  # thin towards its borders, or steps of less than a lattice cell would look torn
                 thick = functools.reduce(torch.minimum, layers) - base - HEM
@@ -239,7 +241,7 @@ class Person:
             covers = covers * torch.sigmoid(-edge / 0.0004)  # and nothing beyond its hem
             layers = [inner + covers * (outer + 0.004 - inner).clamp(min=0) for inner in layers]
             layers.append(outer)
-        return layers, surfaces, edges
+        return [layers[0], *(s for p, s in zip(found, layers[1:], strict=True) if p in asked)], surfaces, edges
 
     def color(self, part: str, points: Float[Tensor, "N 3"], facing: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         net, code = self.model.networks, self.codes[f"{part}/tex"]
