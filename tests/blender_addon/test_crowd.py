@@ -375,3 +375,85 @@ def test_the_panels_draw_what_is_there(layout: SimpleNamespace) -> None:
     assert "4 people in 12 places" in found.texts
     assert {"populace.update_crowd", "populace.reseed_placement", "populace.remove_crowd"} <= set(found.buttons)
     assert {"populace.mark_asset", "populace.save_assets"} <= set(drawn(layout, "POPULACE_PT_assets").buttons)
+
+
+# ---------------------------------------------------------------------------------------------------------- one by one
+
+
+@pytest.fixture
+def window(layout: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """As in a window, where people come later: `layout.jobs` waits for `come`."""
+    layout.jobs = []
+
+    def send(request: Any, target: Any) -> Any:
+        layout.jobs.append(job := layout.session.Job(request, tag=target))
+        layout.tasks.working_session().jobs[job.id] = job
+        return job
+
+    def come() -> None:
+        job = layout.jobs.pop(0)
+        job.status = layout.messages.Status(job.id, "done", fraction=1.0)
+        job.human = layout.packet.read(person(job.request.seed))
+        layout.tasks.pump()
+        assert job.taken
+        layout.last = job
+
+    layout.come = come
+    monkeypatch.setattr(layout.tasks, "send", send)
+    monkeypatch.setattr(layout.crowd_operators, "_must_wait", lambda wait: wait)
+    return layout
+
+
+def test_arrivals_are_part_of_the_crowds_undo_step(window: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    bpy = window.bpy
+    before = counts(bpy)
+
+    def steps() -> list[str]:
+        capfd.readouterr()
+        bpy.context.window_manager.print_undo_steps()
+        return [line for line in capfd.readouterr().out.splitlines() if "name=" in line or "'" in line]
+
+    bpy.ops.populace.make_crowd("EXEC_DEFAULT", True, people=3, placements=6)
+    crowd = window.crowd.active(bpy.context)
+    assert len(window.crowd.placements(crowd)) == 6, "places at once"
+    assert all(o.instance_collection is not None for o in window.crowd.placements(crowd))
+    made = len(steps())
+    assert drawn(window, "POPULACE_PT_crowd").buttons[2] == "populace.cancel_crowd"
+    for left in (2, 1, 0):
+        window.come()
+        assert len(window.crowd.missing(window.crowd.active(bpy.context))) == left
+    assert len(steps()) == made, "no step of their own"
+    bpy.ops.ed.undo()
+    assert counts(bpy) == before
+    bpy.ops.ed.redo()
+    crowd = window.crowd.active(bpy.context)
+    assert not window.crowd.missing(crowd), "redone with everybody"
+
+    window.crowd.placements(crowd)[1].select_set(True)
+    bpy.ops.populace.reseed_placement("EXEC_DEFAULT", True)
+    made = len(steps())
+    window.come()
+    assert len(steps()) == made
+    bpy.ops.ed.undo()
+    assert len(window.crowd.people(window.crowd.active(bpy.context))) == 3
+
+
+def test_cancelled_people_are_made_later_and_those_of_a_crowd_undone_never(window: SimpleNamespace) -> None:
+    bpy = window.bpy
+    before = counts(bpy)
+    bpy.ops.populace.make_crowd("EXEC_DEFAULT", True, people=3, placements=6)
+    window.come()
+    assert not bpy.ops.populace.make_missing.poll(), "they are on the way"
+    assert bpy.ops.populace.cancel_crowd() == {"FINISHED"}
+    crowd = window.crowd.active(bpy.context)
+    assert len(window.crowd.missing(crowd)) == 2, "who is here stays"
+    window.jobs.clear()
+    assert bpy.ops.populace.make_missing("EXEC_DEFAULT", True) == {"FINISHED"}
+    assert len(window.jobs) == 2
+    window.come()
+    bpy.ops.ed.undo()
+    bpy.ops.ed.undo()
+    assert counts(bpy) == before
+    window.come()
+    assert "not in this file any more" in window.last.note
+    assert counts(bpy) == before
