@@ -2,8 +2,8 @@
 """GET3D (Gao et al. 2022): textured meshes of any topology from two codes, one for shape and one for texture.
 
 `networks.py` reads like the paper; `fields.py` reads planes and volumes at points, `volume.py` is the separate
-generator's geometry, `dmtet.py` makes meshes as in training, `discriminator.py` holds the critics, `checkpoint.py` takes
-official files in, and `model.py` is the family on the main road.
+generator's geometry, `dmtet.py` makes meshes as in training, `discriminator.py` holds the critics, `checkpoint.py`
+takes official files in, and `model.py` is the family on the main road.
 """
 
 from __future__ import annotations
