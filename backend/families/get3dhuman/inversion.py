@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from backend.families.base import Step, no_step
+from backend.families.get3dhuman.config import CENTRE, SCALE
 from backend.families.get3dhuman.losses import normal_loss
 from backend.families.get3dhuman.networks import Get3DHuman, decode_shape, decode_texture
 from backend.families.get3dhuman.tracer import View, estimate, rays, trace_quickly
+from backend.protocol import PopulaceError
 
 SOFTNESS = 0.02  # ndc over which the silhouette fades
 PITCH = 1 / 128  # ndc between the samples of normals and of the slope along a ray
@@ -51,6 +53,23 @@ class Rates:
     perceptual: float = 1.0
     near_mean: float = 1e-4  # pulls w to the mean, where people look like people
     learning: float = 0.05
+
+
+def place(picture: Float[Tensor, "4 H W"], size: int = 128, height_cm: float = 180.0) -> Target:
+    """A picture with alpha as training has its people: feet at 0, upright, `height_cm` tall, in the middle; sRGB."""
+    rows, columns = (picture[3] > 0.5).nonzero(as_tuple=True)
+    if not len(rows):
+        raise PopulaceError("invalid_request", "The picture shows nobody: its alpha is empty.",
+                            "Cut the person out and save it with transparency.")  # fmt: skip
+    top, bottom = float(rows.min()), float(rows.max()) + 1  # edges of pixels
+    middle = (float(columns.min()) + float(columns.max()) + 1) / 2
+    per_ndc = (bottom - top) / (height_cm * SCALE)  # pixels of the picture
+    line = torch.linspace(-1, 1, size, device=picture.device)
+    y, x = torch.meshgrid(bottom + (line - CENTRE) * per_ndc, middle + line * per_ndc, indexing="ij")
+    height, width = picture.shape[1:]
+    at = torch.stack([2 * x / width - 1, 2 * y / height - 1], -1)[None]
+    color, alpha = functional.grid_sample(picture[None], at, align_corners=False)[0].movedim(0, 2).split([3, 1], 2)
+    return Target(alpha[..., 0] > 0.5, color)
 
 
 def mean_code(networks: Get3DHuman, branch: str) -> Float[Tensor, "1 W"]:

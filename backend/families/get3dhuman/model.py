@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backend.families.base import AttributeValue, Latents, seeded_normal
-from backend.families.get3dhuman import colors
+from backend.families.base import AttributeValue, Latents, Step, no_step, seeded_normal
+from backend.families.get3dhuman import colors, inversion
 from backend.families.get3dhuman.config import DISTANCE, INVERSE, from_metadata, to_ndc
 from backend.families.get3dhuman.networks import Get3DHuman, RefineNet, decode_shape, decode_texture
 from backend.families.get3dhuman.reading import Reader
@@ -58,6 +58,14 @@ class Get3DHumanModel:
             z = torch.from_numpy(seeded_normal(seed, name, (1, self.networks.config.z_dim))).to(self.device)
             codes[name] = branch.mapping(z, truncation_psi)[:, 0].clone()
         return Latents(self.name, codes)
+
+    @torch.enable_grad()
+    def encode(self, picture: Float[Tensor, "4 H W"], step: Step = no_step, steps: int = 200) -> Latents:
+        """Codes of the person in a picture with alpha, sRGB in 0..1, by optimisation: the shape, then its colours."""
+        target = inversion.place(picture.to(self.device, torch.float32), self.networks.config.resolution // 4)
+        shape, _ = inversion.fit_shape(self.networks, target, steps=steps, step=step)
+        texture, _ = inversion.fit_texture(self.networks, shape, target, steps=steps, step=step)
+        return Latents(self.name, {"body/shape": shape, "body/tex": texture})
 
     def decode(self, latents: Latents, separate: bool = False, look: Look = "blend") -> Sequence[HumanVolume]:
         """One field, "human": this family knows no garments as objects. Raises `invalid_latents`."""
