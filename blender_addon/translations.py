@@ -105,7 +105,6 @@ GERMAN: Final = {
     "Set Attributes": "Eigenschaften setzen",
     "Select a generated human": "Eine erzeugte Person auswählen",
     "Switch to Object Mode first": "Zuerst in den Objektmodus wechseln",
-    "Show Bones": "Knochen zeigen",
     "Hair": "Haar",
     "Top": "Oberteil",
     "Bottom": "Unterteil",
