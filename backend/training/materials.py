@@ -72,7 +72,7 @@ def materials(facts: Mapping[str, list], kit: Kit, part: str) -> np.ndarray:
     """f32 [items, 2] of one part's items in the order of the code, in clothes the cut garment after them."""
     files = _files(kit)
     rows = [item_material(part, item["name"], files.get(item["name"].partition("/")[0])) for item in facts[part]]
-    return np.array([*rows, *[item_material(part, CUT, None)] * (part in CLOTH)], np.float32)
+    return np.array([*rows, *[item_material(part, CUT, None)] * (part in CLOTH)], np.float32).reshape(-1, 2)
 
 
 def _files(kit: Kit) -> dict[str, Path]:

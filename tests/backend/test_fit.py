@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from backend.training import people
 KIT = Path(os.environ.get("MAKEHUMAN_DATA", Path(__file__).parents[3] / "shared" / "data" / "makehuman"))
 OUTFITS = ("male_casualsuit04", "shoes02")
 KEPT = {"hair": ("short01",), "eyebrows": ("eyebrow001", "eyebrow004"), "skins": ("young_asian_male", "old_asian_male",
-        "young_caucasian_female")}  # fmt: skip
+        "young_caucasian_female", "textures")}  # fmt: skip
 PEOPLE = 80
 
 
@@ -35,9 +36,8 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if entry.is_dir() and entry.name not in KEPT:
             (root / entry.name).symlink_to(entry)
     for folder, names in KEPT.items():
-        (root / folder).mkdir()
-        for name in names:
-            (root / folder / name).symlink_to(KIT / folder / name)
+        for name in names:  # of links to files: those to folders are not searched
+            shutil.copytree(KIT / folder / name, root / folder / name, copy_function=os.symlink)
     garments = json.loads((KIT / "garments.json").read_text(encoding="utf-8"))
     (root / "garments.json").write_text(json.dumps({k: garments[k] for k in OUTFITS}), encoding="utf-8")
     return root
@@ -50,7 +50,7 @@ def test_a_folder_becomes_people(kit: Path, tmp_path: Path) -> None:
     first = weights.sha256_of(file)
     model = people_model.load(torch.device("cpu"), weights.Weights("people", first, (file,)))
     assert [i["name"] for i in model.facts["items"]["top"]] == ["male_casualsuit04/top"]
-    assert (model.facts["skins"], model.facts["brows"]) == (sorted(KEPT["skins"]), list(KEPT["eyebrows"]))
+    assert (model.facts["skins"], model.facts["brows"]) == (sorted(KEPT["skins"][:3]), list(KEPT["eyebrows"]))
     for seed in range(3):
         latents = model.sample(seed, 0.7)
         for choice in (SKIN, BROW, IRIS):  # one of each, no blend
