@@ -117,7 +117,8 @@ def fit_texture(
     with torch.no_grad():
         picture, shape = networks.shape_features(_rows(networks, w_shape))
         view = _trace(networks, shape, target)
-    shown = view.mask & target.mask
+    both = view.mask & target.mask
+    shown = both if both.any() else target.mask  # a shape that was not found is coloured where it should be
     ndc, wanted = view.ndc[shown], target.color[shown]
 
     def loss() -> Float[Tensor, ""]:
