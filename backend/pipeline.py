@@ -24,6 +24,7 @@ from backend.edits import choose_latents, words_ignored
 from backend.families.base import FamilyModel, HumanField, Latents, Step, no_step
 from backend.geometry.bake import bake
 from backend.geometry.clean import clean
+from backend.geometry.envelope import envelope
 from backend.geometry.mesh import Textures, TriMesh, vertex_normals
 from backend.geometry.simplify import simplify
 from backend.geometry.tetgrid import extract_surface
@@ -37,6 +38,7 @@ STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplif
           "bake": 0.18, "shape keys": 0.02, "encode": 0.1}  # fmt: skip
 PIECE = 0.4  # of the largest piece's volume from which on another one belongs to an object: the second shoe
 MIN_FACES = 100  # of one object at a coarse level of detail
+HANDLE_FACES = 25  # that each handle of the surface needs at least; with fewer the shape would have to pay for them
 MIN_TEXTURE = 256
 
 
@@ -55,12 +57,13 @@ def generate(
     with clock.stage("decode"):
         fields = model.decode(latents, separate=request.separate)
     clock.parts, clock.lods = len(fields), request.lods
+    pieces = PIECE if request.separate else 1.0
     fine = []
     for field in fields:
         with clock.stage("surface"):
             raw = _surface(field, request, clock.step)
         with clock.stage("clean"):
-            fine.append(clean(raw, PIECE if request.separate else 1.0))
+            fine.append(clean(raw, pieces))
     total = sum(len(mesh.faces) for mesh in fine)
     made, coarse = [], list(fine)
     for lod in range(request.lods):
@@ -68,8 +71,11 @@ def generate(
         for i, (field, mesh) in enumerate(zip(fields, fine)):
             density = field.region_density
             with clock.stage("simplify"):
+                budget = face_budget(request, lod, len(mesh.faces) / total)
+                if budget < HANDLE_FACES * _handles(coarse[i]):
+                    coarse[i] = envelope(field, request.grid_resolution, pieces, clock.step) or coarse[i]
                 importance = None if density is None else density[field.region(coarse[i].points)]
-                coarse[i] = simplify(coarse[i], face_budget(request, lod, len(mesh.faces) / total), importance)
+                coarse[i] = simplify(coarse[i], budget, importance)
             with clock.stage("unwrap"):
                 flat = unwrap(coarse[i], field.region(coarse[i].points), size, request.unwrap, density)
             with clock.stage("bake"):
@@ -82,6 +88,11 @@ def generate(
         asset = _assemble(made, keys, latents, request, model).in_pose(request.pose)
     clock.counts |= {"fine_faces": total, "faces": asset.meta["stats"]["faces"]}
     return asset, clock.stats()
+
+
+def _handles(mesh: TriMesh) -> int:
+    """Of a closed surface in one piece; of one in n pieces, n - 1 less than there are."""
+    return 1 - (len(mesh.vertices) - len(mesh.faces) // 2) // 2
 
 
 def face_budget(request: GenerateRequest, lod: int, share: float) -> int:
