@@ -59,8 +59,7 @@ class _CrowdOperator:
     def invoke(self, context: bpy.types.Context, event: Any) -> Result:
         self._fill(context)
         if event is not None and event.alt:
-            context.window_manager.clipboard = snippets.script(
-                snippets.call(f"populace.{_name(type(self))}", self.arguments()))  # fmt: skip
+            context.window_manager.clipboard = snippets.script(snippets.call(self.bl_idname, self.arguments()))
             self.report({"INFO"}, "Copied as Python")
             return {"CANCELLED"}
         return self.execute(context)
@@ -97,7 +96,7 @@ class _CrowdOperator:
                 made[key] = thing
         if len(places) < asked["placements"] and asked["where"] != "MARKERS":
             self.report({"WARNING"}, f"Only {len(places)} of {asked['placements']} fit at this distance")
-        snippets.note(f"populace.{_name(type(self))}", self.arguments())
+        snippets.note(self.bl_idname, self.arguments())
         return _request(self, context, made, self.wait)
 
 

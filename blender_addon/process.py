@@ -40,7 +40,7 @@ FOLDER_PREFIX: Final = "populace-start-"
 _DAY_S: Final = 24 * 3600.0
 _IS_WINDOWS: Final = os.name == "nt"
 
-INSTALL_HINT: Final = "Set it up, or choose the Python that has it installed."
+INSTALL_HINT: Final = "Set it up in the Populace tab, or run pip install . in its source folder and choose that Python."
 
 
 # ------------------------------------------------------------------------------------------------------------ finding

@@ -139,6 +139,7 @@ def _exchange_root(root: bpy.types.Object, made: bpy.types.Object) -> bpy.types.
     made.matrix_basis = root.matrix_basis
     made.populace.take_over(root.populace)
     for layer in (layer for s in bpy.data.scenes for layer in s.view_layers if root.name in layer.objects):
+        layer.update()  # else it does not know of the new object yet
         if made.name in layer.objects:
             made.select_set(root.select_get(view_layer=layer), view_layer=layer)
             if layer.objects.active == root:

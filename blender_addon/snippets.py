@@ -19,7 +19,10 @@ last: deque[str] = deque(maxlen=KEPT)
 
 
 def call(idname: str, arguments: Mapping[str, Any]) -> str:
-    """Such as `bpy.ops.populace.mix(amount=0.5, wait=True)`. Runs in the text editor and in `blender -b`."""
+    """Such as `bpy.ops.populace.mix(amount=0.5, wait=True)`. Runs in the text editor and in `blender -b`.
+
+    `idname` may also be what Blender makes of it in registered classes: POPULACE_OT_mix."""
+    idname = idname.replace("_OT_", ".").lower()
     inside = ", ".join(f"{name}={_literal(value)}" for name, value in {**arguments, "wait": True}.items())
     return f"bpy.ops.{idname}({inside})"
 

@@ -51,9 +51,6 @@ class Layout:
     def template_icon(self, icon_value: int, scale: float = 1.0) -> None:
         assert icon_value > 0
 
-    def operator_menu_enum(self, idname: str, name: str, text: str | None = None, icon: str = "NONE") -> None:
-        assert hasattr(self.operator(idname, text, icon), name)
-
     def operator(self, idname: str, text: str | None = None, icon: str = "NONE", emboss: bool = True,
                  depress: bool = False, translate: bool = True) -> Any:  # fmt: skip
         module, name = idname.split(".")
