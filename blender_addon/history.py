@@ -118,14 +118,16 @@ def _folder() -> Path:
 
 
 def _watch() -> bool:
-    """Hand on the thumbnails that the panel is about to draw and that are not decoded yet."""
+    """Hand on the thumbnails that the panel is about to draw and that are not decoded yet. True if there were any."""
+    was_new = False
     if not _is_fresh:
         refresh()
     root = active_human(bpy.context)
     for kept in (*(root.populace.versions if root is not None else ()), *_favourites):
         if not thumbnails.has(kept.key):
             thumbnails.offer(kept.key, base64.b64decode(kept.thumbnail))
-    return False
+            was_new = True
+    return was_new
 
 
 def register() -> None:

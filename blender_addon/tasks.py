@@ -156,7 +156,7 @@ def send(request: Request, target: Target) -> Job:
 
 def pump(budget_s: float = TICK_BUDGET_S) -> bool:
     """One tick: let the loop run for a while, insert at most one person, redraw the panels if rows changed. Returns
-    whether a watcher wants the next tick soon."""
+    whether the next tick should come soon."""
     is_busy = False
     for watcher in tuple(watchers):
         try:
@@ -176,6 +176,7 @@ def pump(budget_s: float = TICK_BUDGET_S) -> bool:
         _apply_quietly(_bridge.session, quiet)
     elif arrived and not why:
         _insert(_bridge.session, arrived[0])
+        is_busy = True  # its picture is shown at the next tick
     if _bridge.drawn != _bridge.session.revision:
         _bridge.drawn = _bridge.session.revision
         redraw()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The artist's workflows by mouse and keys in a real window, a picture of each state: create, slide with a preview,
-re-roll a part, choose a variant, mix, go back in the history, favourites.
+re-roll a part, lock one, choose a variant, go back in the history, favourites, mix.
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, drag, key, type, until, region) and has opened the tab
 "Populace" in Blender with the add-on, in a window 1700 pixels high so that all panels are in sight. It wants a
@@ -19,6 +19,7 @@ from mathutils import Quaternion, Vector
 
 SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
 PATIENCE_S = 240
+FACES, GRID, TEXTURE = 8000, 128, "512"  # a small person is made soon
 
 
 def people() -> list[Any]:
@@ -72,6 +73,7 @@ def drive(gui: Any) -> Iterator[Any]:
 
     # Create, by seed and words.
     form = bpy.context.scene.populace
+    form.faces, form.grid_resolution, form.texture_size = FACES, GRID, TEXTURE
     form.randomise_seed, form.seed, form.prompt = False, 12, "woman, long hair, blue t-shirt, jeans"
     yield 1
     yield from gui.click_word("Generate")
@@ -110,20 +112,23 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from gui.until(lambda: len(people()[0].populace.versions) == 2, 30)
     root = people()[0]
 
-    # Re-roll the hair.
+    # Lock the shoes, re-roll the hair.
     yield from shot(gui, "6_parts")
-    with gui.override():
-        bpy.ops.populace.reroll("INVOKE_DEFAULT", part="hair", seed=5)
+    _, y = yield from seen(gui, "Shoes")
+    yield from gui.click(left + 18, y)
+    yield from gui.until(lambda: root.populace.locked_parts == ["shoes"], 30)
+    _, y = yield from seen(gui, "Hair")
+    yield from gui.click(left + width - 72, y)
     yield from gui.until(settled(root, 3), PATIENCE_S)
     yield from shot(gui, "7_parts_rerolled")
 
     # Variants.
     _, y = yield from seen(gui, "Strength")
-    yield from gui.click(left + width - 32, y)
+    yield from gui.click(left + width - 50, y)
     yield 2
     yield from shot(gui, "8_variants_working")
     addon = next(name for name in sys.modules if name.endswith("populace.editing"))
-    yield from gui.until(lambda: all(one.key for one in sys.modules[addon].sheet(root)), PATIENCE_S)
+    yield from gui.until(lambda: sum(bool(one.key) for one in sys.modules[addon].sheet(root)) == 6, PATIENCE_S)
     yield 2
     yield from shot(gui, "9_variants")
     yield from gui.click_word("Choose", 1)
@@ -138,16 +143,21 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from shot(gui, "12_restored")
     with gui.override():
         bpy.ops.populace.add_favourite(name="Ada")
+    yield from shot(gui, "12_favourite")
 
     # Somebody else, and a mix of the two.
     bpy.context.scene.cursor.location = (1.1, 0, 0)
     with gui.override():
-        bpy.ops.populace.generate("EXEC_DEFAULT", seed=40, prompt="tall man, beard, red shirt, black trousers, bald")
+        bpy.ops.populace.generate(
+            "EXEC_DEFAULT", seed=40, prompt="tall man, beard, red shirt, black trousers, bald", faces=FACES,
+            grid_resolution=GRID, texture_size=TEXTURE)
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     look(gui, (0.5, 0, 0.95), 5)
     root.select_set(True)
     bpy.context.view_layer.objects.active = root
-    yield 2
+    yield 1
+    yield from gui.click_word("Mix")
+    yield 1.5
     bpy.context.window_manager.populace.mix = 0.5
     yield 0.5
     yield from gui.until(settled(root, 5), PATIENCE_S)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The states of the panel in a real window, a picture of each: idle, working, done, the generator lost, and back.
+
+A driver: whatever runs it gives `gui` (shot, click_word, until) and has opened the tab. It wants a generator that runs
+already with the POPULACE_HOME of this process; the driver ends it, and somebody must start another within a minute or
+two. Pictures go to the folder POPULACE_SHOTS. Ticks of the timer are measured on the way: ticks.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bpy
+import numpy as np
+
+SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
+PATIENCE_S = 240
+
+
+def measured(tasks: Any) -> list[float]:
+    """Milliseconds of every tick from now on."""
+    pump, ticks = tasks.pump, []
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        is_busy = pump(*args)
+        ticks.append((time.perf_counter() - start) * 1000)
+        return is_busy
+
+    tasks.pump = timed
+    return ticks
+
+
+def running_pid() -> int:
+    return int(json.loads(Path(os.environ["POPULACE_HOME"], "run", "backend.json").read_text("utf-8"))["pid"])
+
+
+def drive(gui: Any) -> Iterator[Any]:
+    bpy.data.batch_remove(list(bpy.data.objects))
+    tasks = importlib.import_module(next(name for name in sys.modules if name.endswith("populace.tasks")))
+    left, top, _, height = gui.box(gui.region("UI"))
+    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
+    form = bpy.context.scene.populace
+    form.faces, form.grid_resolution, form.texture_size = 8000, 128, "512"
+    form.randomise_seed, form.seed, form.count, form.prompt = False, 12, 3, "woman, long hair, jeans"
+    bpy.ops.populace.start_backend()
+    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+    yield 1
+    gui.shot(f"{SHOTS}/idle.png")
+    ticks = measured(tasks)
+    yield from gui.click_word("Generate")
+    yield from gui.until(lambda: any(job.status.fraction > 0.2 for job in tasks.listed_jobs()), PATIENCE_S)
+    yield 0.3
+    gui.shot(f"{SHOTS}/working.png")
+    yield from gui.until(lambda: sum(bool(o.populace.uuid) for o in bpy.data.objects) == 3, PATIENCE_S)
+    found = {"ticks": len(ticks), "p50_ms": float(np.percentile(ticks, 50)), "p99_ms": float(np.percentile(ticks, 99)),
+             "max_ms": max(ticks)}  # fmt: skip
+    Path(SHOTS, "ticks.json").write_text(json.dumps(found, indent=1), "utf-8")
+    bpy.ops.object.select_all(action="DESELECT")
+    bpy.context.view_layer.objects.active = None
+    yield 1.5
+    gui.shot(f"{SHOTS}/done.png")
+    os.kill(running_pid(), signal.SIGKILL)
+    yield from gui.until(lambda: tasks.session().link.value == "lost", 60)
+    yield 1
+    gui.shot(f"{SHOTS}/lost.png")
+    yield from gui.until(lambda: Path(f"/proc/{running_pid()}").exists(), 120)
+    yield from gui.click_word("Restart")
+    yield from gui.until(lambda: tasks.session().link.value == "ready", PATIENCE_S)
+    yield 1
+    gui.shot(f"{SHOTS}/back.png")
