@@ -249,7 +249,8 @@ class POPULACE_OT_mark_asset(_AssetOperator, bpy.types.Operator):
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
             self.report({"ERROR"}, f"The assets could not be marked: {_reason(error)}")
             return {"CANCELLED"}
-        self.report({"INFO"}, f"{len(humans)} people are assets now{remark}")
+        marked = "1 person is an asset" if len(humans) == 1 else f"{len(humans)} people are assets"
+        self.report({"INFO"}, f"{marked} now{remark}")
         return {"FINISHED"}
 
 
@@ -286,7 +287,7 @@ class POPULACE_OT_save_assets(_AssetOperator, bpy.types.Operator):
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
             self.report({"ERROR"}, f"The assets could not be saved: {_reason(error)}")
             return {"CANCELLED"}
-        self.report({"INFO"}, f"{len(humans)} people saved to {target.name}")
+        self.report({"INFO"}, f"{len(humans)} {'person' if len(humans) == 1 else 'people'} saved to {target.name}")
         return {"FINISHED"}
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The artist's workflows by mouse and keys in a real window, a picture of each state: create, slide with a preview,
-re-roll a part, lock one, choose a variant, go back in the history, favourites, mix.
+re-roll a part, lock one, choose a variant, go back in the history, favourites, mix, mark as assets.
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, drag, key, type, until, region) and has opened the tab
 "Populace" in Blender with the add-on, in a window 1700 pixels high so that all panels are in sight. It wants a
@@ -162,7 +162,15 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 0.5
     yield from gui.until(settled(root, 5), PATIENCE_S)
     yield from shot(gui, "13_mixed")
+
+    # An asset of this file.
+    yield from gui.click_word("Mix")
+    yield from gui.click_word("Assets")
+    yield 1
+    yield from gui.click_word("Mark")
+    yield from gui.until(lambda: any(c.asset_data is not None for c in bpy.data.collections), PATIENCE_S)
+    yield from shot(gui, "14_assets")
     bpy.ops.object.select_all(action="DESELECT")
     bpy.context.view_layer.objects.active = None
     yield 1
-    yield from shot(gui, "14_nobody_active")
+    yield from shot(gui, "15_nobody_active")

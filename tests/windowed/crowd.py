@@ -119,20 +119,22 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 2
     gui.shot(f"{SHOTS}/crowd_near.png")
 
-    # One click undoes the crowd, and one brings it back.
-    gui.move(500, 500)
-    yield 0.3
+    # Ctrl+Z undoes the crowd at once, and Ctrl+Shift+Z brings it back with everybody.
     bpy.ops.populace.crowd_display(display="LIGHT")
+    left, top, width, height = gui.box(gui.region("WINDOW"))
+    gui.move(left + width / 3, top + height / 2)
+    yield 0.5
     steps = 0
     while crowds() and steps < 4:
-        with gui.override():
-            bpy.ops.ed.undo()
+        gui.key("ctrl+z")
         steps += 1
-        yield 0.5
+        yield 3
     print(f"undo steps to the empty square: {steps}")
-    with gui.override():
-        bpy.ops.ed.redo()
-    yield 1
+    assert not crowds()
+    gui.shot(f"{SHOTS}/crowd_undone.png")
+    gui.key("ctrl+shift+z")
+    yield from gui.until(lambda: crowds())
+    yield 2
     assert arrived() == PEOPLE, "one step holds everybody"
 
     # Another person at one place, by the button.
