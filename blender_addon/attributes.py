@@ -168,7 +168,7 @@ class PopulaceTools(bpy.types.PropertyGroup):
             editing.want_mix(root, other, amount)
 
     mix: FloatProperty(
-        name="Towards the Other", description="Mix with the other selected human: 0 changes nothing, 1 is the other",
+        name="Share", description="Mix with the other selected human: 0 changes nothing, 1 is the other",
         min=0.0, max=1.0, precision=2, get=_mix, set=_want_mix)  # fmt: skip
     variation: FloatProperty(
         name="Strength", description="How far the variants are from this person: 0 the same, 1 strangers", min=0.0,

@@ -19,7 +19,7 @@ import bpy
 
 from . import tasks, thumbnails
 from .messages import BackendError
-from .properties import active_human, thumbnail_key
+from .properties import active_human, other_human, thumbnail_key
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def _watch() -> bool:
     was_new = False
     if not _is_fresh:
         refresh()
-    root = active_human(bpy.context)
-    for kept in (*(root.populace.versions if root is not None else ()), *_favourites):
+    shown = [root for root in (active_human(bpy.context), other_human(bpy.context)) if root is not None]
+    for kept in (*(version for root in shown for version in root.populace.versions), *_favourites):
         if not thumbnails.has(kept.key):
             thumbnails.offer(kept.key, base64.b64decode(kept.thumbnail))
             was_new = True

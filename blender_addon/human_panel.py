@@ -336,8 +336,8 @@ def _picture(layout: Any, key: str, scale: float) -> None:
     if icon:
         layout.template_icon(icon_value=icon, scale=scale)
         return
-    empty = layout.column()
-    empty.scale_y = scale
+    empty = layout.row()
+    empty.alignment, empty.scale_y = "CENTER", scale
     empty.label(text="", icon="USER")
 
 

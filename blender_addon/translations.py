@@ -71,7 +71,7 @@ GERMAN: Final = {
     "Keep This One": "Diese behalten",
     "Vary": "Abwandeln",
     "Mix": "Mischen",
-    "Towards the Other": "Zur anderen hin",
+    "Share": "Anteil",
     "Select another human as well": "Noch eine Person auswählen",
     "The other one is of another family": "Die andere gehört zu einer anderen Familie",
     "Details": "Einzelheiten",
