@@ -200,6 +200,7 @@ def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
     """Principled BSDF with the maps that there are; the base colour's node is active, for Solid mode to show it."""
     material = stage.new(bpy.data.materials, name)
     compat.enable_nodes(material)
+    material.roughness = 1.0  # of Solid mode, which shows no maps: cloth and skin are nearer to matt than to plastic
     tree = material.node_tree
     tree.nodes.clear()
 
