@@ -30,6 +30,7 @@ def look(gui: Any, at: tuple[float, float, float] = (0, 0, 0.95), distance: floa
     view = gui.area().spaces.active
     view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
     view.overlay.show_relationship_lines = view.overlay.show_extras = view.overlay.show_cursor = False
+    view.overlay.show_outline_selected = False
     view.lens = 60
     view.region_3d.view_location, view.region_3d.view_distance = Vector(at), distance
     view.region_3d.view_rotation = Quaternion((0, 0, 1), 0.35) @ Quaternion((1, 0, 0), 1.5)
