@@ -166,9 +166,10 @@ def drive(gui: Any) -> Iterator[Any]:
 
     # An asset of this file.
     yield from gui.click_word("Mix")
+    yield 1
     yield from gui.click_word("Assets")
     yield 1
-    yield from gui.click_word("Mark")
+    yield from gui.click(*(yield from seen(gui, "Mark")))
     yield from gui.until(lambda: any(c.asset_data is not None for c in bpy.data.collections), PATIENCE_S)
     yield from shot(gui, "14_assets")
     bpy.ops.object.select_all(action="DESELECT")
