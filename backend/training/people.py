@@ -50,10 +50,11 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people: int = 4000, steps: int = 3000
+    kit_folder: Path, run: Path, size: str = "small", seed: int = 0, people: int | None = None, steps: int | None = None
 ) -> Path:
     """Make the training set in `run`/data if it is not there, fit, and write `run`/people.safetensors. Mappings take
-    `steps` steps each."""
+    `steps` steps each. By default 4000 people and 3000 steps, 200 of each at size tiny."""
+    people, steps = people or (200 if size == "tiny" else 4000), steps or (200 if size == "tiny" else 3000)
     data = run / f"data-{size}"
     if not (data / "items.json").exists():
         build(kit_folder, data, size, people)
