@@ -135,7 +135,9 @@ class PeopleModel:
     def mapped_part(
         self, part: str, codes: Mapping[str, Tensor], z: Mapping[str, Tensor], psi: float, must: bool = False
     ) -> dict[str, Tensor]:
-        """Codes of one part, none if it is not worn (unless it `must`)."""
+        """Codes of one part, none if it is not worn (unless it `must`) or if the weights know no item of it."""
+        if not self.facts["items"][part]:
+            return {}
         body = codes["body/tex"]
         top = codes["top/tex"][:, :3] if "top/tex" in codes and part != "top" else torch.zeros_like(body[:, :3])
         condition = torch.cat([self.networks.attributes(codes["body/shape"]), body[:, :6], top], 1)

@@ -22,7 +22,9 @@ def pack(state: Mapping[str, Array], volumes: Mapping[str, float], planes: froze
     """Arrays of the file from those of the networks; `volumes` names distances with what they are truncated to."""
     out: dict[str, Array] = {}
     for key, value in state.items():
-        if key in volumes:
+        if not value.size:  # the basis of a part that the data have nothing of
+            out[key] = value.astype(np.float16) if value.dtype == np.float32 else value
+        elif key in volumes:
             limit = volumes[key]
             flat = value.reshape(len(value), -1)
             far = (np.abs(flat) >= limit * 0.999).all(0) & ((flat > 0).all(0) | (flat < 0).all(0))
