@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Access to the golden numbers: outputs of the authors' networks for weights and inputs that are made from names.
 
-They lie in POPULACE_GOLDEN or in ../shared/data/golden beside the repository; without them the tests skip.
+They lie in GOLDEN_NUMBERS or in ../shared/data/golden beside the repository; without them the tests skip.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-FOLDER = Path(os.environ.get("POPULACE_GOLDEN", Path(__file__).parents[3] / "shared/data/golden"))
+FOLDER = Path(os.environ.get("GOLDEN_NUMBERS", Path(__file__).parents[3] / "shared/data/golden"))
 
 
 def detweights() -> ModuleType:
     path = FOLDER / "detweights.py"
     if not path.is_file():
-        pytest.skip(f"no golden numbers at {FOLDER}; set POPULACE_GOLDEN")
+        pytest.skip(f"no golden numbers at {FOLDER}; set GOLDEN_NUMBERS")
     spec = importlib.util.spec_from_file_location("detweights", path)
     assert spec is not None
     assert spec.loader is not None

@@ -26,7 +26,7 @@ KEPT = {"hair": ("short01",), "eyebrows": ("eyebrow001", "eyebrow004"), "skins":
 SKINS = ["old_asian_male", "young_asian_male", "young_caucasian_female", "young_caucasian_female2"]  # one is a variant
 PEOPLE = 80
 
-pytestmark = pytest.mark.skipif("POPULACE_SLOW" not in os.environ, reason="takes minutes; asked for by POPULACE_SLOW=1")
+pytestmark = pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="takes minutes; asked for by SLOW_TESTS=1")
 
 
 @pytest.fixture(scope="module")
