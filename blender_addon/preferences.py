@@ -59,7 +59,7 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         header.label(text="Mirrors")
         if body is not None:
             body.prop(self, "torch_index", placeholder="download.pytorch.org")
-            body.prop(self, "package_index", placeholder="pypi.org")
+            body.prop(self, "package_index", placeholder="PyPI")
 
 
 def add_section(draw: Callable[[Any, bpy.types.Context], None]) -> None:

@@ -30,6 +30,7 @@ from backend import __version__, checks, families
 from backend.families.base import Attribute
 from backend.interchange import Format, PresetName, default_formats
 from backend.protocol import GenerateRequest, PopulaceError, invalid, parse_json
+from backend.settings import Settings
 
 MAX_ITEMS: Final = 100_000
 MAX_PLAN_BYTES: Final = 256 << 20
@@ -77,7 +78,8 @@ class Item:
     @cached_property
     def digest(self) -> str:
         """Changes with everything that the files depend on: request, formats, version, weights."""
-        text = json.dumps([__version__, _weights_sha256(self.request.family), self.to_json()], sort_keys=True)
+        used = _weights_sha256(self.request.family, Settings.load().data_dir)
+        text = json.dumps([__version__, used, self.to_json()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -91,11 +93,13 @@ class Item:
 
 
 @cache
-def _weights_sha256(family: str) -> str | None:
+def _weights_sha256(family: str, data_dir: Path) -> str | None:
+    """Of the weights that will be used: those that the user put in their place, if any."""
     from backend import weights
 
     name = families.info(family).weights
-    return next((manifest.sha256 for manifest in weights.manifests() if manifest.name == name), None)
+    chosen = weights.replacements(data_dir).get(name, name) if name else None
+    return next((m.sha256 for m in weights.manifests(data_dir=data_dir) if m.name == chosen), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

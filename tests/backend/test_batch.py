@@ -400,3 +400,17 @@ def test_a_scheduler_in_the_open_is_refused(
     command = ["batch", str(written), "--out", str(tmp_path / "out"), "--dask", address]
     assert cli.main(command) == 2
     assert "tls://" in capsys.readouterr().err
+
+
+def test_files_are_made_anew_when_other_weights_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_file = tmp_path / "plan.jsonl"
+    plan_file.write_text('{"seed": 1}\n', encoding="utf-8")
+    digests = []
+    for name in ("one", "other"):
+        monkeypatch.setenv("POPULACE_DATA_DIR", str(tmp_path / name))
+        digests.append(plan.read(plan_file)[0].digest)
+        (tmp_path / "other" / "weights").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / "weights" / "user.json").write_text('{"use": {"people": "get3d"}}', encoding="utf-8")
+    assert digests[0] != digests[1]
+    monkeypatch.setenv("POPULACE_DATA_DIR", str(tmp_path / "one"))
+    assert plan.read(plan_file)[0].digest == digests[0]
