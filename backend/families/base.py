@@ -19,7 +19,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # the server reads `FamilyInfo` and never loads torch
     import torch
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, UInt8
     from torch import Tensor
 
     from backend.geometry.focus import Focus
@@ -38,6 +38,27 @@ class Latents:
 
     family: str
     codes: Mapping[str, Float[Tensor, "L C"]]  # {"top/shape": [1, C], "top/tex": [1, C], ...}
+    maps: Mapping[str, UInt8[Tensor, "H W 4"]] = field(default_factory=dict)
+    """{"top/photo": ...}: colours that a photo showed of a part, sRGB with their weight, in the family's own layout.
+    They belong to the part's looks."""
+
+
+@dataclass(frozen=True)
+class PersonPhoto:
+    """One person in one photo."""
+
+    rgba: UInt8[np.ndarray, "H W 4"]  # the whole photo, upright, sRGB; alpha is the person's matte
+    box: tuple[int, int, int, int]  # left, top, right, bottom of the person, pixels, right and bottom exclusive
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a family makes of photos of one person."""
+
+    latents: Latents
+    rotations: Mapping[str, tuple[float, float, float, float]]  # of the first photo's pose, as in `poses`
+    camera: Mapping[str, Any]  # of the first photo: c2w (4 rows), fov_y_rad, width, height
+    scores: Mapping[str, float]  # how well it fits: mask_iou, psnr, ...
 
 
 @dataclass(frozen=True)
