@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from backend import __version__, families, weights
-from backend.protocol import PopulaceError
+from backend.protocol import GenerateRequest, PopulaceError
 from backend.settings import Settings
 
 _PACKAGES = ("torch", "numpy", "numba", "scipy", "fastapi", "uvicorn", "safetensors", "bpy", "xatlas", "nvdiffrast")
@@ -106,5 +106,6 @@ def _family(info: Any, settings: Settings, problems: list[str]) -> dict[str, Any
             state = f"ready, weights {weights.locate(info.weights, settings.data_dir).sha256[:12]}"
         except PopulaceError as error:
             state = error.message
-            problems.append(str(error))
+            if info.name == GenerateRequest().family:  # weights of the others are the user's to fetch, if wanted
+                problems.append(str(error))
     return {"name": info.name, "title": info.title, "licence": info.licence, "state": state}

@@ -248,6 +248,18 @@ def test_doctor_reports_what_runs_where(capsys: pytest.CaptureFixture[str]) -> N
     assert "What will run how" in capsys.readouterr().out
 
 
+def test_a_new_computer_is_well_without_weights_that_nobody_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set-up in Blender takes this for its answer: it must not fail where other families have no weights yet."""
+    monkeypatch.setenv("POPULACE_HOME", str(tmp_path))
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    states = {row["name"]: row["state"] for row in report["families"]}
+    assert report["problems"] == []
+    assert states["people"].startswith("ready") and "not here" in states["get3d"]
+
+
 def test_addon_zip_is_reproducible_and_valid(tmp_path: Path) -> None:
     first, second = addon.build(tmp_path / "a"), addon.build(tmp_path / "b")
     assert first.name == "populace-0.1.0.zip"
