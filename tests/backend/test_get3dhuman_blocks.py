@@ -14,9 +14,7 @@ from backend.families.get3dhuman import losses
 from backend.families.get3dhuman.config import DEPTH_UNITS, OUTSIDE, Config
 from backend.families.get3dhuman.networks import (
     Backbone,
-    Block,
     Get3DHuman,
-    Hourglass,
     HourglassFilter,
     PictureNorm,
     PointDecoder,
@@ -28,6 +26,7 @@ from backend.families.get3dhuman.networks import (
 )
 from backend.families.get3dhuman.teacher import GlobalGenerator, Teacher
 from backend.families.get3dhuman.tracer import estimate
+from backend.networks.hourglass import Block, Hourglass
 
 F64 = torch.float64
 SMALL = Config(z_dim=6, w_dim=6, resolution=32, channel_base=64, channel_max=6, feature_channels=3, stem=8, volume=8,

@@ -19,81 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.get3dhuman.config import DEPTH_UNITS, OUTSIDE, Config
+from backend.networks.hourglass import StackedHourglass
 from backend.networks.stylegan2 import MappingNetwork, NoiseMode, SynthesisNetwork, shared_rows
 from backend.networks.stylegan2_discriminator import Discriminator
 
 
-class Block(nn.Module):
-    """Three 3x3 convolutions, each after group normalisation and ReLU; their outputs stand side by side, and the input
-    is added."""
-
-    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
-        super().__init__()
-        half, quarter = outputs // 2, outputs // 4
-        self.conv1 = nn.Conv2d(inputs, half, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(half, quarter, 3, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
-        self.bn1 = nn.GroupNorm(groups, inputs)
-        self.bn2 = nn.GroupNorm(groups, half)
-        self.bn3 = nn.GroupNorm(groups, quarter)
-        self.downsample = None
-        if inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.GroupNorm(groups, inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, 1, bias=False)
-            )
-
-    def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
-        a = self.conv1(functional.relu(self.bn1(x)))
-        b = self.conv2(functional.relu(self.bn2(a)))
-        c = self.conv3(functional.relu(self.bn3(b)))
-        return torch.cat([a, b, c], 1) + (x if self.downsample is None else self.downsample(x))
-
-
-class Hourglass(nn.Module):
-    """Down and up again, with a branch at every level; `b2_plus_1` is the bottom."""
-
-    def __init__(self, channels: int, depth: int, groups: int) -> None:
-        super().__init__()
-        self.depth = depth
-        for level in range(1, depth + 1):
-            for branch in ("b1", "b2", "b3"):
-                self.add_module(f"{branch}_{level}", Block(channels, channels, groups))
-        self.b2_plus_1 = Block(channels, channels, groups)
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return self._level(self.depth, x)
-
-    def _level(self, n: int, x: Tensor) -> Tensor:
-        up = self.get_submodule(f"b1_{n}")(x)
-        low = self.get_submodule(f"b2_{n}")(functional.avg_pool2d(x, 2))
-        low = self._level(n - 1, low) if n > 1 else self.b2_plus_1(low)
-        low = self.get_submodule(f"b3_{n}")(low)
-        return up + functional.interpolate(low, scale_factor=2, mode="bicubic", align_corners=True)
-
-
-class HourglassFilter(nn.Module):
+class HourglassFilter(StackedHourglass):
     """Picture of features [B, C, 512, 512] -> volume [B, 256, 128, 128], after PIFu's image filter (Saito 2019)."""
 
     def __init__(self, inputs: int, config: Config) -> None:
-        super().__init__()
-        stem, volume, groups = config.stem, config.volume, config.groups
-        self.conv1 = nn.Conv2d(inputs, stem, 5, stride=2, padding=3)
-        self.bn1 = nn.GroupNorm(groups, stem)
-        self.conv2 = Block(stem, 2 * stem, groups)
-        self.conv3 = Block(2 * stem, 2 * stem, groups)
-        self.conv4 = Block(2 * stem, volume, groups)
-        self.m0 = Hourglass(volume, 2, groups)
-        self.top_m_0 = Block(volume, volume, groups)
-        self.conv_last0 = nn.Conv2d(volume, volume, 1)
-        self.bn_end0 = nn.GroupNorm(groups, volume)
-        self.l0 = nn.Conv2d(volume, volume, 1)
-
-    def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B C h w"]:
-        x = x.contiguous()  # group normalisation of channels-last memory is five times less exact
-        x = functional.relu(self.bn1(self.conv1(x)))
-        x = functional.avg_pool2d(self.conv2(x), 2)
-        x = self.top_m_0(self.m0(self.conv4(self.conv3(x))))
-        return self.l0(functional.relu(self.bn_end0(self.conv_last0(x))))
+        super().__init__(
+            inputs, config.volume, channels=config.volume, stem=config.stem, kernel=5, groups=config.groups,
+            fourth_norm=False,
+        )  # fmt: skip
 
 
 class PointDecoder(nn.Module):
