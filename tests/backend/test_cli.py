@@ -257,7 +257,8 @@ def test_a_new_computer_is_well_without_weights_that_nobody_asked_for(
     report = json.loads(capsys.readouterr().out)
     states = {row["name"]: row["state"] for row in report["families"]}
     assert report["problems"] == []
-    assert states["people"].startswith("ready") and "not here" in states["get3d"]
+    assert states["people"].startswith("ready")
+    assert "not here" in states["get3d"]
 
 
 def test_addon_zip_is_reproducible_and_valid(tmp_path: Path) -> None:
