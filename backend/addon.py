@@ -31,7 +31,7 @@ from backend.protocol import PopulaceError
 
 SOURCE = Path(__file__).resolve().parents[1] / "blender_addon"
 _LEFT_OUT = {"__pycache__", "pictures"}
-FULL_ONLY = {"installer.py", "setup_operators.py", "setup_panel.py"}
+FULL_ONLY = "setup/"
 _MANIFEST = "blender_manifest.toml"
 _FULL_FILES = "Reads the generator's address file; installs, starts it"  # 64 characters at most, no full stop
 _FULL_NETWORK = "Talks to 127.0.0.1; downloads the generator when asked"
@@ -50,7 +50,7 @@ def build(out: Path, full: bool = False) -> Path:
         files[wheel[0]] = wheel[1]
         files[_MANIFEST] = _full_manifest(files[_MANIFEST].decode("utf-8"), manifest["permissions"]).encode()
     else:
-        files = {name: data for name, data in files.items() if name not in FULL_ONLY}
+        files = {name: data for name, data in files.items() if not name.startswith(FULL_ONLY)}
     path = out / f"{manifest['id']}{'-full' if full else ''}-{manifest['version']}.zip"
     out.mkdir(parents=True, exist_ok=True)
     _write_zip(path, files)

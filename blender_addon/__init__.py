@@ -20,9 +20,6 @@ def _modules() -> tuple[ModuleType, ...]:
         attributes,
         chores,
         command_line,
-        crowd_form,
-        crowd_operators,
-        crowd_panel,
         edit_operators,
         editing,
         history,
@@ -37,12 +34,17 @@ def _modules() -> tuple[ModuleType, ...]:
         translations,
         weights,
     )
+    from .crowd import form as crowd_form
+    from .crowd import operators as crowd_operators
+    from .crowd import panel as crowd_panel
+    from .crowd import places as crowd_places
 
-    setup = [importlib.import_module(f".{name}", __package__) for name in ("setup_operators", "setup_panel")
-             if find_spec(f".{name}", __package__)]  # not in the slim zip # fmt: skip
+    setup = [importlib.import_module(f".setup.{name}", __package__) for name in ("operators", "panel")
+             if find_spec(".setup", __package__)]  # not in the slim zip # fmt: skip
     artist = replacing, thumbnails, editing, attributes, history, edit_operators
-    return (preferences, properties, operators, *artist, crowd_form, crowd_operators, assets, chores, *setup, weights,
-            panel, human_panel, crowd_panel, tasks, command_line, translations)  # fmt: skip
+    crowds = crowd_form, crowd_operators, crowd_places
+    return (preferences, properties, operators, *artist, *crowds, assets, chores, *setup, weights, panel, human_panel,
+            crowd_panel, tasks, command_line, translations)  # fmt: skip
 
 
 def register() -> None:

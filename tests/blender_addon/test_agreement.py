@@ -13,7 +13,8 @@ import pytest
 from backend import exports, protocol, runtime
 from backend import packet as backend_packet
 from backend.settings import Settings
-from blender_addon import installer, messages, packet, posing, process
+from blender_addon import messages, packet, posing, process
+from blender_addon.setup.installer import home
 from tests.contract import golden
 
 
@@ -61,4 +62,4 @@ def test_the_set_up_generator_lies_in_the_backends_data_folder(
     if variable:
         monkeypatch.setenv(variable, str(tmp_path))
     assert process.setup_folder() == Settings.load().data_dir / "backend"
-    assert process.POINTER == installer.POINTER
+    assert process.POINTER == home.POINTER

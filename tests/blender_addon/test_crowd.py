@@ -26,8 +26,8 @@ SAME = {"seed": 3, "spread": 0.0, "lods": LEVELS}
 @pytest.fixture
 def layout(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The add-on with a generator that makes balls at once; `asked` collects what it was asked for."""
-    for name in ("crowd", "crowd_form", "crowd_operators", "footing", "placement"):
-        setattr(addon, name, importlib.import_module(f"{PACKAGE}.{name}"))
+    for name in ("arrivals", "cast", "form", "operators", "footing", "placement"):
+        setattr(addon, f"crowd_{name}", importlib.import_module(f"{PACKAGE}.crowd.{name}"))
     addon.asked = []
 
     class Balls:
@@ -38,7 +38,7 @@ def layout(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
                 addon.asked.append(request)
                 yield addon.packet.read(person(request.seed))
 
-    monkeypatch.setattr(addon.crowd_operators, "Client", Balls)
+    monkeypatch.setattr(addon.crowd_arrivals, "Client", Balls)
     return addon
 
 
@@ -54,7 +54,7 @@ def make(layout: SimpleNamespace, **settings: Any) -> Any:
     """A crowd, by the operator that scripts call."""
     settings = {"people": 4, "placements": 12} | SAME | settings
     assert layout.bpy.ops.populace.make_crowd(**settings) == {"FINISHED"}
-    return layout.crowd.crowds(layout.bpy.context.scene)[-1]
+    return layout.crowd_cast.crowds(layout.bpy.context.scene)[-1]
 
 
 def plane(bpy: Any, size: float = 10.0, height: float = 0.0) -> Any:
@@ -64,7 +64,7 @@ def plane(bpy: Any, size: float = 10.0, height: float = 0.0) -> Any:
 
 def points(layout: SimpleNamespace, crowd: Any) -> Any:
     layout.bpy.context.view_layer.update()
-    return np.array([o.matrix_world.translation for o in layout.crowd.placements(crowd)])
+    return np.array([o.matrix_world.translation for o in layout.crowd_cast.placements(crowd)])
 
 
 # -------------------------------------------------------------------------------------------------------------- making
@@ -73,7 +73,7 @@ def points(layout: SimpleNamespace, crowd: Any) -> Any:
 def test_a_crowd_is_few_people_in_many_places(layout: SimpleNamespace) -> None:
     bpy = layout.bpy
     crowd = make(layout, people=4, placements=100, distance=0.9, gap=0.5)
-    places = layout.crowd.placements(crowd)
+    places = layout.crowd_cast.placements(crowd)
     assert len(places) == 100
     shown = Counter(o.instance_collection.name for o in places)
     assert set(shown.values()) == {25}
@@ -108,8 +108,8 @@ def test_viewport_and_render_see_different_levels(layout: SimpleNamespace) -> No
     assert drawn() == [24, 24]
     body = next(o for o in bpy.data.objects if o.populace.uuid)
     assert not body.hide_render, "the render sees people"
-    assert all(o.hide_render for o in bpy.data.objects if layout.crowd.PROXY in o)
-    assert layout.crowd.settings(crowd)["display"] == "BOX"
+    assert all(o.hide_render for o in bpy.data.objects if layout.crowd_cast.PROXY in o)
+    assert layout.crowd_cast.settings(crowd)["display"] == "BOX"
 
 
 def test_surface_curve_markers(layout: SimpleNamespace) -> None:
@@ -133,7 +133,7 @@ def test_surface_curve_markers(layout: SimpleNamespace) -> None:
         if is_closed:
             assert np.allclose(np.linalg.norm(at[:, :2], axis=1), 5, atol=0.02)
             assert np.ptp(step) < 0.05 * step.mean()
-            turns = np.array([o.rotation_euler.z for o in layout.crowd.placements(crowd)])
+            turns = np.array([o.rotation_euler.z for o in layout.crowd_cast.placements(crowd)])
             ahead = np.stack([np.sin(turns), -np.cos(turns)], 1)
             assert np.abs((ahead * at[:, :2]).sum(1)).max() < 0.4, "across the radius"
     assert not [c for c in bpy.data.curves if not c.users]
@@ -142,9 +142,9 @@ def test_surface_curve_markers(layout: SimpleNamespace) -> None:
         bpy.ops.object.empty_add(location=(i * 3, 1, 0.5), rotation=(0, 0, 0.3 * i))
     bpy.ops.object.select_all(action="SELECT")
     for o in bpy.context.selected_objects:
-        o.select_set(o.type == "EMPTY" and layout.crowd.PLACEMENT not in o)
+        o.select_set(o.type == "EMPTY" and layout.crowd_cast.PLACEMENT not in o)
     crowd = make(layout, where="MARKERS", facing="ALONG")
-    places = layout.crowd.placements(crowd)
+    places = layout.crowd_cast.placements(crowd)
     assert sorted(round(o.location.x, 3) for o in places) == [0, 3, 6]
     assert sorted(round(o.rotation_euler.z, 3) for o in places) == [0, 0.3, 0.6]
 
@@ -154,7 +154,7 @@ def test_facing_an_object(layout: SimpleNamespace) -> None:
     bpy.ops.object.empty_add(location=(50, 50, 3))
     stage = bpy.context.object
     crowd = make(layout, facing="TOWARDS", target=stage.name)
-    for o in layout.crowd.placements(crowd):
+    for o in layout.crowd_cast.placements(crowd):
         to = np.array([50 - o.location.x, 50 - o.location.y])
         turn = o.rotation_euler.z
         assert np.dot(to / np.linalg.norm(to), (math.sin(turn), -math.cos(turn))) > 0.9999
@@ -195,15 +195,15 @@ def test_wrong_settings_are_told(layout: SimpleNamespace) -> None:
 
 
 def state(layout: SimpleNamespace, crowd: Any) -> list[tuple[Any, ...]]:
-    return [(tuple(o.location), o.rotation_euler.z, o[layout.crowd.PERSON], o.instance_collection.name)
-            for o in layout.crowd.placements(crowd)]  # fmt: skip
+    return [(tuple(o.location), o.rotation_euler.z, o[layout.crowd_cast.PERSON], o.instance_collection.name)
+            for o in layout.crowd_cast.placements(crowd)]  # fmt: skip
 
 
 def test_a_new_person_for_one_placement_changes_only_that_one(layout: SimpleNamespace) -> None:
     bpy = layout.bpy
     crowd = make(layout)
     before, images = state(layout, crowd), len(bpy.data.images)
-    chosen = layout.crowd.placements(crowd)[5]
+    chosen = layout.crowd_cast.placements(crowd)[5]
     bpy.ops.object.select_all(action="DESELECT")
     assert not bpy.ops.populace.reseed_placement.poll()
     chosen.select_set(True)
@@ -221,18 +221,18 @@ def test_a_new_person_for_one_placement_changes_only_that_one(layout: SimpleName
 
 def test_applying_settings_keeps_who_fits_them(layout: SimpleNamespace) -> None:
     crowd = make(layout, people=4, placements=12)
-    chosen = layout.crowd.placements(crowd)[2]
+    chosen = layout.crowd_cast.placements(crowd)[2]
     chosen.select_set(True)
     layout.bpy.context.view_layer.objects.active = chosen
     layout.bpy.ops.populace.reseed_placement(seed=90)
-    mine = chosen[layout.crowd.PERSON]
+    mine = chosen[layout.crowd_cast.PERSON]
     layout.asked.clear()
     assert layout.bpy.ops.populace.update_crowd(people=6, placements=20, **SAME) == {"FINISHED"}
     assert [r.seed for r in layout.asked] == [7, 8]
-    assert len(layout.crowd.placements(crowd)) == 20
-    assert layout.crowd.placements(crowd)[2][layout.crowd.PERSON] == mine, "chosen by hand"
+    assert len(layout.crowd_cast.placements(crowd)) == 20
+    assert layout.crowd_cast.placements(crowd)[2][layout.crowd_cast.PERSON] == mine, "chosen by hand"
     assert layout.bpy.ops.populace.update_crowd(people=2, placements=2, **SAME) == {"FINISHED"}
-    assert len(layout.crowd.people(crowd)) == 2
+    assert len(layout.crowd_cast.people(crowd)) == 2
     assert len(layout.bpy.data.meshes) == 2 * LEVELS + 1
 
 
@@ -246,15 +246,15 @@ def test_levels_follow_the_camera(layout: SimpleNamespace) -> None:
     assert bpy.ops.populace.update_lods() == {"FINISHED"}
 
     def shown() -> list[int]:
-        return [o.instance_collection[layout.crowd.LEVEL] for o in layout.crowd.placements(crowd)]
+        return [o.instance_collection[layout.crowd_cast.LEVEL] for o in layout.crowd_cast.placements(crowd)]
 
     assert shown() == [0, 1, 2, 1, 1, 2, 2, 2, 2]
     bpy.context.scene.camera.location = (10, 10, 1)
     bpy.context.view_layer.update()
-    who = [o[layout.crowd.PERSON] for o in layout.crowd.placements(crowd)]
+    who = [o[layout.crowd_cast.PERSON] for o in layout.crowd_cast.placements(crowd)]
     assert bpy.ops.populace.update_lods() == {"FINISHED"}
     assert shown() == [2, 2, 2, 2, 1, 1, 2, 1, 0]
-    assert who == [o[layout.crowd.PERSON] for o in layout.crowd.placements(crowd)]
+    assert who == [o[layout.crowd_cast.PERSON] for o in layout.crowd_cast.placements(crowd)]
 
 
 def test_saved_reopened_and_changed(layout: SimpleNamespace, tmp_path: Path) -> None:
@@ -267,9 +267,9 @@ def test_saved_reopened_and_changed(layout: SimpleNamespace, tmp_path: Path) -> 
     path = str(tmp_path / "crowd ö.blend")
     bpy.ops.wm.save_as_mainfile(filepath=path)
     bpy.ops.wm.open_mainfile(filepath=path)
-    crowd = layout.crowd.active(bpy.context)
+    crowd = layout.crowd_cast.active(bpy.context)
     assert state(layout, crowd) == before
-    assert not layout.crowd.missing(crowd)
+    assert not layout.crowd_cast.missing(crowd)
     assert bpy.ops.populace.crowd_form() == {"FINISHED"}
     form = bpy.context.scene.populace_crowd
     assert (form.where, form.surface.name, form.people, form.placements) == ("SURFACE", floor, 4, 12)
@@ -281,13 +281,13 @@ def test_saved_reopened_and_changed(layout: SimpleNamespace, tmp_path: Path) -> 
                                          **SAME) == {"FINISHED"}  # fmt: skip
     assert layout.asked == [], "nobody is made anew"
     assert state(layout, crowd) == before
-    layout.crowd.placements(crowd)[0].select_set(True)
+    layout.crowd_cast.placements(crowd)[0].select_set(True)
     assert bpy.ops.populace.reseed_placement() == {"FINISHED"}
 
 
 def test_settings_that_were_changed_are_told(layout: SimpleNamespace) -> None:
     crowd = make(layout)
-    crowd[layout.crowd.SETTINGS] = "[]"
+    crowd[layout.crowd_cast.SETTINGS] = "[]"
     with pytest.raises(RuntimeError, match="cannot be read"):
         layout.bpy.ops.populace.crowd_form()
 
@@ -301,7 +301,7 @@ def test_made_and_removed_a_hundred_times(layout: SimpleNamespace) -> None:
     for i in range(100):
         crowd = make(layout, people=2, placements=4, seed=i)
         if i % 10 == 0:
-            layout.crowd.placements(crowd)[0].select_set(True)
+            layout.crowd_cast.placements(crowd)[0].select_set(True)
             assert bpy.ops.populace.reseed_placement() == {"FINISHED"}
         assert bpy.ops.populace.remove_crowd() == {"FINISHED"}
         assert counts(bpy) == before
@@ -336,7 +336,7 @@ def test_a_failure_while_making_leaves_nothing(layout: SimpleNamespace, monkeypa
     def fails(*_: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(layout.crowd.placement, "assign", fails)
+    monkeypatch.setattr(layout.crowd_placement, "assign", fails)
     with pytest.raises(RuntimeError, match="no room"):
         make(layout)
     assert counts(layout.bpy) == before
@@ -349,7 +349,7 @@ def drawn(layout: SimpleNamespace, panel: str) -> Any:
     from tests.blender_addon.recorder import Layout
 
     found = Layout(layout.bpy)
-    module = importlib.import_module(f"{PACKAGE}.crowd_panel")
+    module = importlib.import_module(f"{PACKAGE}.crowd.panel")
     getattr(module, panel).draw.__wrapped__(SimpleNamespace(layout=found), layout.bpy.context)
     return found
 
@@ -400,7 +400,7 @@ def window(layout: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNa
 
     layout.come = come
     monkeypatch.setattr(layout.tasks, "send", send)
-    monkeypatch.setattr(layout.crowd_operators, "_must_wait", lambda wait: wait)
+    monkeypatch.setattr(layout.crowd_arrivals, "_must_wait", lambda wait: wait)
     return layout
 
 
@@ -414,28 +414,28 @@ def test_arrivals_are_part_of_the_crowds_undo_step(window: SimpleNamespace, capf
         return [line for line in capfd.readouterr().out.splitlines() if "name=" in line or "'" in line]
 
     bpy.ops.populace.make_crowd("EXEC_DEFAULT", True, people=3, placements=6)
-    crowd = window.crowd.active(bpy.context)
-    assert len(window.crowd.placements(crowd)) == 6, "places at once"
-    assert all(o.instance_collection is not None for o in window.crowd.placements(crowd))
+    crowd = window.crowd_cast.active(bpy.context)
+    assert len(window.crowd_cast.placements(crowd)) == 6, "places at once"
+    assert all(o.instance_collection is not None for o in window.crowd_cast.placements(crowd))
     made = len(steps())
     assert drawn(window, "POPULACE_PT_crowd").buttons[2] == "populace.cancel_crowd"
     for left in (2, 1, 0):
         window.come()
-        assert len(window.crowd.missing(window.crowd.active(bpy.context))) == left
+        assert len(window.crowd_cast.missing(window.crowd_cast.active(bpy.context))) == left
     assert len(steps()) == made, "no step of their own"
     bpy.ops.ed.undo()
     assert counts(bpy) == before
     bpy.ops.ed.redo()
-    crowd = window.crowd.active(bpy.context)
-    assert not window.crowd.missing(crowd), "redone with everybody"
+    crowd = window.crowd_cast.active(bpy.context)
+    assert not window.crowd_cast.missing(crowd), "redone with everybody"
 
-    window.crowd.placements(crowd)[1].select_set(True)
+    window.crowd_cast.placements(crowd)[1].select_set(True)
     bpy.ops.populace.reseed_placement("EXEC_DEFAULT", True)
     made = len(steps())
     window.come()
     assert len(steps()) == made
     bpy.ops.ed.undo()
-    assert len(window.crowd.people(window.crowd.active(bpy.context))) == 3
+    assert len(window.crowd_cast.people(window.crowd_cast.active(bpy.context))) == 3
 
 
 def test_cancelled_people_are_made_later_and_those_of_a_crowd_undone_never(window: SimpleNamespace) -> None:
@@ -445,8 +445,8 @@ def test_cancelled_people_are_made_later_and_those_of_a_crowd_undone_never(windo
     window.come()
     assert not bpy.ops.populace.make_missing.poll(), "they are on the way"
     assert bpy.ops.populace.cancel_crowd() == {"FINISHED"}
-    crowd = window.crowd.active(bpy.context)
-    assert len(window.crowd.missing(crowd)) == 2, "who is here stays"
+    crowd = window.crowd_cast.active(bpy.context)
+    assert len(window.crowd_cast.missing(crowd)) == 2, "who is here stays"
     window.jobs.clear()
     assert bpy.ops.populace.make_missing("EXEC_DEFAULT", True) == {"FINISHED"}
     assert len(window.jobs) == 2

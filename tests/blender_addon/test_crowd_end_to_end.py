@@ -26,15 +26,15 @@ MIX = [{"attribute": "pattern", "value": "plain", "percent": 50},
 
 @pytest.fixture
 def layout(real: SimpleNamespace) -> SimpleNamespace:  # noqa: F811
-    for name in ("crowd", "crowd_operators"):
-        setattr(real, name, importlib.import_module(f"{PACKAGE}.{name}"))
+    for name in ("arrivals", "cast"):
+        setattr(real, f"crowd_{name}", importlib.import_module(f"{PACKAGE}.crowd.{name}"))
     return real
 
 
 def test_made_at_once_saved_and_changed(layout: SimpleNamespace, tmp_path: Path) -> None:
     bpy = layout.bpy
     assert bpy.ops.populace.make_crowd(people=4, placements=8, mix=json.dumps(MIX), **SMALL) == {"FINISHED"}
-    crowd = layout.crowd.active(bpy.context)
+    crowd = layout.crowd_cast.active(bpy.context)
     bodies = [o for o in bpy.data.objects if o.populace.uuid]
     assert len(bodies) == 4
     said = [json.loads(o.populace.attributes) for o in bodies]
@@ -49,28 +49,30 @@ def test_made_at_once_saved_and_changed(layout: SimpleNamespace, tmp_path: Path)
     path = str(tmp_path / "crowd.blend")
     bpy.ops.wm.save_as_mainfile(filepath=path)
     bpy.ops.wm.open_mainfile(filepath=path)
-    crowd = layout.crowd.active(bpy.context)
-    places = layout.crowd.placements(crowd)
-    before = [o[layout.crowd.PERSON] for o in places]
+    crowd = layout.crowd_cast.active(bpy.context)
+    places = layout.crowd_cast.placements(crowd)
+    before = [o[layout.crowd_cast.PERSON] for o in places]
     places[3].select_set(True)
     assert bpy.ops.populace.reseed_placement(seed=9) == {"FINISHED"}
-    after = [o[layout.crowd.PERSON] for o in layout.crowd.placements(crowd)]
+    after = [o[layout.crowd_cast.PERSON] for o in layout.crowd_cast.placements(crowd)]
     assert [a == b for a, b in zip(before, after)].count(False) == 1
-    assert not layout.crowd.missing(crowd)
+    assert not layout.crowd_cast.missing(crowd)
     with pytest.raises(RuntimeError, match="nobody"):
         bpy.ops.populace.make_crowd(people=1, placements=1, **SMALL | {"family": "nobody"})
 
 
 def test_people_arrive_one_by_one(layout: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     bpy = layout.bpy
-    monkeypatch.setattr(layout.crowd_operators, "_must_wait", lambda wait: wait)
+    monkeypatch.setattr(layout.crowd_arrivals, "_must_wait", lambda wait: wait)
     before = counts(bpy)
     bpy.ops.populace.make_crowd("EXEC_DEFAULT", True, people=3, placements=6, **SMALL)
-    crowd = layout.crowd.active(bpy.context)
-    assert len(layout.crowd.missing(crowd)) == 3
+    crowd = layout.crowd_cast.active(bpy.context)
+    assert len(layout.crowd_cast.missing(crowd)) == 3
     seen = set()
-    pump_until(layout, lambda: seen.add(len(layout.crowd.missing(crowd))) or not layout.crowd.missing(crowd), 300)
+    pump_until(
+        layout, lambda: seen.add(len(layout.crowd_cast.missing(crowd))) or not layout.crowd_cast.missing(crowd), 300
+    )
     assert seen == {0, 1, 2, 3}
-    assert not layout.crowd_operators.on_the_way(crowd)
+    assert not layout.crowd_arrivals.on_the_way(crowd)
     bpy.ops.ed.undo()
     assert counts(bpy) == before

@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
-from blender_addon import installer, process
-from blender_addon.installer import Home, SetupError
+from blender_addon import process, setup
+from blender_addon.setup.installer import commands, computer, pip, telling
+from blender_addon.setup.installer.home import LOG, POINTER, RECORD, Home
+from blender_addon.setup.installer.telling import SetupError
 
-SCRIPT = Path(installer.__file__)
+PROGRAM = Path(setup.__file__).parent
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for Python")
 
 
@@ -51,37 +53,37 @@ Install = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> installer.Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pip.Job:
     """Everything but pip and venv: an environment is a script that answers `doctor`. Its problem is `args.problem`."""
     args = argparse.Namespace(wheel=tmp_path, python=sys.executable, build="cpu", wheels="", problem="", version="")
-    made = installer.Job(Home(tmp_path / "backend"), installer.Teller(io.StringIO()), installer.Leash(), args)
+    made = pip.Job(Home(tmp_path / "backend"), telling.Teller(io.StringIO()), telling.Leash(), args)
 
-    def fill(job: installer.Job, python: Path, wheel: Any, build: str) -> None:
+    def fill(job: pip.Job, python: Path, wheel: Any, build: str) -> None:
         problems = [args.problem] if args.problem else []
         python.parent.mkdir(parents=True)
         python.write_text(f"#!/bin/sh\necho '{json.dumps({'ok': not problems, 'problems': problems})}'\n")
         python.chmod(0o755)
 
-    monkeypatch.setattr(installer, "_run", lambda *_: None)
-    monkeypatch.setattr(installer, "_fill", fill)
+    monkeypatch.setattr(commands, "run", lambda *_: None)
+    monkeypatch.setattr(commands, "fill", fill)
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(name, str(tmp_path))  # the installer moves them
     made.home.folder.mkdir()
     return made
 
 
-def install(job: installer.Job, version: str, problem: str = "") -> dict[str, Any]:
+def install(job: pip.Job, version: str, problem: str = "") -> dict[str, Any]:
     job.args.wheel = make_wheel(job.home.folder.parent / "wheels", "populace", version)
     job.args.problem = problem
-    return installer.install(job)
+    return commands.install(job)
 
 
-def names(job: installer.Job) -> tuple[str, str]:
+def names(job: pip.Job) -> tuple[str, str]:
     """Versions of the current and the previous environment."""
     return tuple(name.split("-")[0] for name in (job.home.pointer().get(k, "") for k in ("current", "previous")))
 
 
-def test_install_upgrade_roll_back_uninstall(job: installer.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_upgrade_roll_back_uninstall(job: pip.Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POPULACE_DATA_DIR", str(job.home.folder.parent))
     assert process.installed_python() is None
     assert not install(job, "1.0")["is_upgrade"]
@@ -99,16 +101,16 @@ def test_install_upgrade_roll_back_uninstall(job: installer.Job, monkeypatch: py
     install(job, "3.0")
     assert names(job) == ("3.0", "2.0")
     assert sorted(p.name.split("-")[0] for p in job.home.envs.iterdir()) == ["2.0", "3.0"]  # 1.0 made room
-    assert installer.roll_back(job)["version"] == "2.0"
+    assert commands.roll_back(job)["version"] == "2.0"
     assert names(job) == ("2.0", "3.0")
-    size = installer.bytes_in(job.home.folder)
+    size = computer.bytes_in(job.home.folder)
     (job.home.folder / "lock").touch()
-    assert installer.uninstall(job)["freed_bytes"] == size
+    assert commands.uninstall(job)["freed_bytes"] == size
     assert [p.name for p in job.home.folder.iterdir()] == ["lock"]
     assert process.installed_python() is None
 
 
-def test_an_upgrade_that_does_not_work_leaves_the_old_one_in_use(job: installer.Job) -> None:
+def test_an_upgrade_that_does_not_work_leaves_the_old_one_in_use(job: pip.Job) -> None:
     install(job, "1.0")
     before = job.home.pointer()
     with pytest.raises(SetupError, match=r"not well: The weights are damaged\.") as caught:
@@ -117,27 +119,27 @@ def test_an_upgrade_that_does_not_work_leaves_the_old_one_in_use(job: installer.
     assert job.home.pointer() == before
     assert [p.name for p in job.home.envs.iterdir()] == [before["current"]]
     with pytest.raises(SetupError, match="no earlier version"):
-        installer.roll_back(job)
+        commands.roll_back(job)
 
 
 @pytest.mark.parametrize("said", ["", "no JSON", "[]", '{"ok": 1, "problems": []}', '{"ok": true}'])
-def test_a_doctor_that_lies_is_not_believed(job: installer.Job, tmp_path: Path, said: str) -> None:
+def test_a_doctor_that_lies_is_not_believed(job: pip.Job, tmp_path: Path, said: str) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho '{said}'\n")
     python.chmod(0o755)
     with pytest.raises(SetupError) as caught:
-        installer.doctor(job, python)
+        commands.doctor(job, python)
     assert caught.value.code == "doctor_failed"
 
 
 @pytest.mark.parametrize("pointer", ["", "[]", '{"current": "../x"}', '{"current": "gone"}', '{"current": 3}'])
-def test_a_damaged_pointer_points_nowhere(job: installer.Job, pointer: str) -> None:
+def test_a_damaged_pointer_points_nowhere(job: pip.Job, pointer: str) -> None:
     (job.home.folder.parent / "x").mkdir()
-    (job.home.folder / installer.POINTER).write_text(pointer)
+    (job.home.folder / POINTER).write_text(pointer)
     assert job.home.pointer() == {}
 
 
-def test_leftovers_are_removed(job: installer.Job) -> None:
+def test_leftovers_are_removed(job: pip.Job) -> None:
     install(job, "1.0")
     for name in ("half/bin", "other"):
         (job.home.envs / name).mkdir(parents=True)
@@ -147,15 +149,15 @@ def test_leftovers_are_removed(job: installer.Job) -> None:
     assert len(list(job.home.envs.iterdir())) == 1
 
 
-def test_a_full_disk_is_known_before_anything_is_made(job: installer.Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installer, "free_bytes", lambda folder: 10**9)
+def test_a_full_disk_is_known_before_anything_is_made(job: pip.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "free_bytes", lambda folder: 10**9)
     with pytest.raises(SetupError, match=r"needs 2\.4 GB, 1\.0 GB are free") as caught:
         install(job, "1.0")
     assert caught.value.code == "out_of_disk"
     assert not job.home.envs.exists()
 
 
-def test_one_installer_at_a_time(job: installer.Job) -> None:
+def test_one_installer_at_a_time(job: pip.Job) -> None:
     with job.home.locked(), pytest.raises(SetupError, match="Another Blender"), Home(job.home.folder).locked():
         pass
     with job.home.locked():
@@ -181,11 +183,11 @@ def script(path: Path, text: str) -> Path:
     ],
 )  # fmt: skip
 def test_a_python_that_will_not_do_is_refused_with_the_reason(tmp_path: Path, said: str, why: str) -> None:
-    wheel = installer.Wheel.read(make_wheel(tmp_path, "populace", "1.0", requires=("torch>=2", "numpy")))
+    wheel = computer.Wheel.read(make_wheel(tmp_path, "populace", "1.0", requires=("torch>=2", "numpy")))
     assert (wheel.version, wheel.oldest, wheel.newest, wheel.torch) == ("1.0", (3, 11), (3, 14), "torch>=2")
     python = script(tmp_path / "python", f"echo '{said}'")
     with pytest.raises(SetupError, match=why) as caught:
-        installer.find_python(wheel, str(python), installer.Leash())
+        computer.find_python(wheel, str(python), telling.Leash())
     assert "3.11 to 3.13" in caught.value.hint
 
 
@@ -205,7 +207,7 @@ def test_the_build_fits_the_graphics_card(
     if said is not None:
         script(tmp_path / "nvidia-smi", f"echo '{said}'")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if said is not None else str(tmp_path))
-    name, chosen, why = installer.find_gpu(installer.Leash())
+    name, chosen, why = computer.find_gpu(telling.Leash())
     assert (chosen, bool(name)) == (build, said is not None and "," in said)
     assert remark in why
 
@@ -213,7 +215,7 @@ def test_the_build_fits_the_graphics_card(
 def test_a_damaged_wheel_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "populace-1.0-py3-none-any.whl").write_bytes(b"PK no zip")
     with pytest.raises(SetupError, match="missing or damaged"):
-        installer.Wheel.read(tmp_path / "populace-1.0-py3-none-any.whl")
+        computer.Wheel.read(tmp_path / "populace-1.0-py3-none-any.whl")
 
 
 @pytest.mark.parametrize(
@@ -225,8 +227,8 @@ def test_a_damaged_wheel_is_said_to_be(tmp_path: Path) -> None:
         ("ERROR: No matching distribution found for torch>=2.6", "no_package"), ("ERROR: odd", "pip_failed"),
     ],
 )  # fmt: skip
-def test_what_pip_says_becomes_one_sentence(job: installer.Job, line: str, code: str) -> None:
-    error = installer._why_pip_failed(["Collecting torch", line], job)
+def test_what_pip_says_becomes_one_sentence(job: pip.Job, line: str, code: str) -> None:
+    error = pip._why_pip_failed(["Collecting torch", line], job)
     assert error.code == code
     assert error.message.endswith((".", "odd"))
     assert error.hint
@@ -291,7 +293,7 @@ def test_cancelled_and_resumed_with_pip(tmp_path: Path, index: Any) -> None:
     home, address = Home(tmp_path / "home with ö and 中"), f"http://127.0.0.1:{index.server_port}/simple"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")} | {
         "PIP_CONFIG_FILE": os.devnull, "PIP_TRUSTED_HOST": "127.0.0.1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
-    command = [sys.executable, "-I", str(SCRIPT), "install", "--folder", str(home.folder), "--wheel", str(wheel),
+    command = [sys.executable, "-I", str(PROGRAM), "install", "--folder", str(home.folder), "--wheel", str(wheel),
                "--build", "cpu", "--torch-index", address, "--package-index", address]  # fmt: skip
 
     def start() -> subprocess.Popen[bytes]:
@@ -311,13 +313,13 @@ def test_cancelled_and_resumed_with_pip(tmp_path: Path, index: Any) -> None:
     index.go_on.set()
     with start() as second:
         events = [json.loads(line) for line in second.stdout or ()]
-    assert second.returncode == 0, (home.folder / installer.LOG).read_text()
+    assert second.returncode == 0, (home.folder / LOG).read_text()
     assert index.sent == ["torch-2.9-py3-none-any.whl", *["tinydep-0.1-py3-none-any.whl"] * 2]
     fractions = [e["fraction"] for e in events if e["event"] == "progress"]
     assert fractions == sorted(fractions)
     assert {"Making the environment", "Unpacking", "Checking that it works"} <= {e.get("stage") for e in events}
     record = events[-1]["result"]
     assert record["version"] == "1.0"
-    assert record["bytes"] == installer.bytes_in(home.envs) - (home.envs / home.pointer()["current"] /
-                                                              installer.RECORD).stat().st_size  # fmt: skip
+    assert record["bytes"] == computer.bytes_in(home.envs) - (home.envs / home.pointer()["current"] /
+                                                              RECORD).stat().st_size  # fmt: skip
     assert not home.cache.exists()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blender_addon import placement
-from blender_addon.placement import Share
+from blender_addon.crowd import placement
+from blender_addon.crowd.placement import Share
 
 SQUARE = np.array([[[0, 0, 0], [4, 0, 0], [4, 4, 0]], [[0, 0, 0], [4, 4, 0], [0, 4, 0]]], float)
 

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process gro
 @pytest.fixture
 def setup(addon: SimpleNamespace, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The add-on as the full zip brings it, with a scripted installer; `setup.mode("...")` chooses its behaviour."""
-    for name in ("chore", "chores", "installer", "setup_operators", "setup_panel"):
-        setattr(addon, name, importlib.import_module(f"{PACKAGE}.{name}"))
-    monkeypatch.setattr(addon.installer, "__file__", str(FAKE))
+    for name in ("chore", "chores", "setup.operators", "setup.panel"):
+        setattr(addon, name.replace(".", "_"), importlib.import_module(f"{PACKAGE}.{name}"))
+    monkeypatch.setattr(addon.setup_operators, "PROGRAM", FAKE)
     monkeypatch.setattr(addon.process, "find_command", lambda configured="": None)
     monkeypatch.setattr(addon.process, "_usual_pythons", lambda beside: iter(()))
     addon.setup_operators.refresh()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Sets up the generator by mouse in a real window with a fresh profile, and photographs every state of it.
+"""Sets up the generator by mouse in a real window with a fresh profile, photographs every state of it, and makes a
+person with what was set up: offline, no Python, consent, progress, cancelled, done, ready, a person, an error.
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, words, until, region) and has opened the tab. It wants
 the full zip, a POPULACE_HOME that is empty, and in POPULACE_SETUP_PATH a folder with a Python that Populace can use.
-Packages come from where pip is configured to look. Pictures go to the folder POPULACE_SHOTS.
+Packages come from where pip is configured to look. Pictures go to the folder POPULACE_SHOTS. `setup_later.py` goes on.
 """
 
 from __future__ import annotations
@@ -88,10 +89,24 @@ def drive(gui: Any) -> Iterator[float]:
     gui.shot(f"{SHOTS}/done.png")
     assert chores.current().phase.value == "done", chores.current().error
     yield from gui.until(lambda: module("tasks").session().link.value == "ready", timeout=120)
+    yield from gui.until(lambda: module("tasks").session().health.worker in ("ready", "busy"), timeout=120)
     yield 1
     gui.shot(f"{SHOTS}/ready.png")
 
-    chores.dismiss()
+    # Somebody, made by what was set up just now.
+    yield from gui.click_word("Dismiss")
+    bpy.data.batch_remove(list(bpy.data.objects))
+    form = bpy.context.scene.populace
+    form.faces, form.grid_resolution, form.randomise_seed, form.seed = 8000, 128, False, 12
+    yield 1
+    yield from gui.click_word("Generate")
+    yield from gui.until(lambda: any(o.populace.uuid for o in bpy.data.objects), timeout=240)
+    with gui.override():
+        bpy.ops.view3d.view_selected()
+    gui.area().spaces.active.shading.color_type = "TEXTURE"
+    yield 2
+    gui.shot(f"{SHOTS}/person.png")
+
     preferences().torch_index = preferences().package_index = "http://127.0.0.1:9/simple"  # nobody listens there
     bpy.ops.populace.setup_backend("EXEC_DEFAULT", agree=True)
     yield from until_ended(gui)

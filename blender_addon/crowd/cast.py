@@ -23,9 +23,10 @@ from typing import Any, Final
 import bpy
 import numpy as np
 
-from . import placement, scene
-from .messages import Request
-from .packet import Human
+from .. import scene
+from ..messages import Request
+from ..packet import Human
+from . import placement
 
 CROWD: Final = "populace_crowd"  # on the crowd's collection: its id
 SETTINGS: Final = "populace_settings"  # there, too: how it was made, as JSON

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 
 import bpy
 
-from . import chores, installer, preferences, process
-from .chore import Chore, Phase
-from .messages import masked
-from .panel import _Panel, _safe, _wrapped
-from .setup_operators import NAME, gigabytes, known
+from .. import chores, preferences, process
+from ..chore import Chore, Phase
+from ..messages import masked
+from ..panel import _Panel, _safe, _wrapped
+from .installer.computer import BUILDS, PIP_DEFAULT
+from .operators import NAME, gigabytes, known
 
 
 class POPULACE_PT_setup(_Panel, bpy.types.Panel):
@@ -96,7 +97,7 @@ def draw_preferences(layout: Any, context: bpy.types.Context) -> None:
     if chore is not None:
         draw_chore(box, context, chore)
     if installed:
-        build = installer.BUILDS.get(str(installed.get("build")))
+        build = BUILDS.get(str(installed.get("build")))
         size = gigabytes(int(installed.get("bytes", 0)))
         box.label(text=f"Generator {installed['version']}, {build.title if build else 'unknown build'}, {size}, in "
                        f"{masked(str(process.setup_folder()))}", icon="CHECKMARK")  # fmt: skip
@@ -120,7 +121,7 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
     layout.use_property_split = True
     layout.use_property_decorate = False
     name = plan["build"] if operator.build == "auto" else operator.build
-    build = installer.BUILDS[name]
+    build = BUILDS[name]
     torch_index, package_index = preferences.indexes()
     hosts = dict.fromkeys(_host(address) for address in (torch_index or build.index, package_index))
     python = "Blender's own" if plan["python"] == sys.executable else masked(plan["python"])
@@ -162,7 +163,7 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
 
 
 def _host(address: str) -> str:
-    if not address or address == installer.PIP_DEFAULT:
+    if not address or address == PIP_DEFAULT:
         return "PyPI"
     return urlsplit(address).hostname or masked(address)
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Setting up the generator: the buttons, and what is known about it for drawing. `installer.py` does the work.
-
-Only in the full zip: the slim one, which may install nothing, leaves `setup_*.py` and `installer.py` out.
-"""
+"""Setting up the generator: the buttons, and what is known about it for drawing. `installer` does the work."""
 
 from __future__ import annotations
 
@@ -18,15 +15,17 @@ from typing import Any, Final
 import bpy
 from bpy.props import BoolProperty, EnumProperty, StringProperty
 
-from . import chores, installer, preferences, process, tasks
-from .chore import Chore, Phase
-from .messages import BackendError, masked
-from .session import Link
+from .. import chores, preferences, process, tasks
+from ..chore import Chore, Phase
+from ..messages import BackendError, masked
+from ..session import Link
+from .installer.home import LOG, Home
 
 log = logging.getLogger(__name__)
 
 PLAN_LIFE_S: Final = 60.0
 NAME: Final = "Set-up"
+PROGRAM: Final = Path(__file__).parent  # this folder, as a program: see __main__
 _LOG_TAIL_BYTES: Final = 64 << 10
 
 Result = set[str]
@@ -57,9 +56,9 @@ known = Known()
 
 def refresh() -> None:
     """Look at the disk: what we carry, what is installed. Cheap enough for a click."""
-    home = installer.Home(process.setup_folder())
+    home = Home(process.setup_folder())
     names = home.pointer()
-    known.wheel = next(iter(sorted(Path(__file__).parent.glob("populace-*.whl"))), None)
+    known.wheel = next(iter(sorted(PROGRAM.parent.glob("populace-*.whl"))), None)
     known.version = known.wheel.name.split("-")[1] if known.wheel is not None else ""
     known.installed, known.previous = (home.record(names.get(key, "")) for key in ("current", "previous"))
     preferences.refresh()
@@ -78,8 +77,7 @@ def interpreter() -> str:
 
 def _start(command: str, *options: str, when_ended: Callable[[Chore], None]) -> None:
     """Raises `BackendError` if the installer cannot be run."""
-    script = str(Path(installer.__file__))
-    argv = [interpreter(), "-I", script, command, "--folder", str(process.setup_folder()), *options]
+    argv = [interpreter(), "-I", str(PROGRAM), command, "--folder", str(process.setup_folder()), *options]
     chores.begin(Chore(NAME, argv), when_ended)
 
 
@@ -174,7 +172,7 @@ class POPULACE_OT_setup_backend(_Setup, bpy.types.Operator):
         return {"FINISHED"}
 
     def draw(self, context: bpy.types.Context) -> None:
-        from .setup_panel import draw_plan
+        from .panel import draw_plan
 
         draw_plan(self.layout, self, context)
 
@@ -283,7 +281,7 @@ class POPULACE_OT_copy_setup_log(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> Result:
         try:
-            text = (process.setup_folder() / installer.LOG).read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace")
+            text = (process.setup_folder() / LOG).read_bytes()[-_LOG_TAIL_BYTES:].decode("utf-8", "replace")
         except OSError:
             self.report({"WARNING"}, "There is no log yet")
             return {"CANCELLED"}

@@ -18,10 +18,10 @@ from bpy.props import (
     StringProperty,
 )
 
-from . import tasks
-from .families import Family
+from .. import tasks
+from ..families import Family
+from ..properties import MAX_SEED, TEXTURE_SIZES
 from .placement import Value
-from .properties import MAX_SEED, TEXTURE_SIZES
 
 MAX_PEOPLE: Final = 200
 MAX_PLACEMENTS: Final = 10_000

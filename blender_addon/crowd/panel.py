@@ -7,10 +7,11 @@ from typing import Any
 
 import bpy
 
-from . import assets, crowd
-from .crowd_form import family_of
-from .crowd_operators import on_the_way
-from .panel import _Panel, _safe
+from .. import assets
+from ..panel import _Panel, _safe
+from . import cast
+from .arrivals import on_the_way
+from .form import family_of
 
 
 class POPULACE_PT_crowd(_Panel, bpy.types.Panel):
@@ -22,7 +23,7 @@ class POPULACE_PT_crowd(_Panel, bpy.types.Panel):
     @_safe
     def draw(self, context: bpy.types.Context) -> None:
         layout, form = self.layout, context.scene.populace_crowd
-        made = crowd.active(context)
+        made = cast.active(context)
         if made is not None:
             _draw_crowd(layout, context, made)
         column = _column(layout)
@@ -54,8 +55,8 @@ def _draw_crowd(layout: Any, context: bpy.types.Context, made: bpy.types.Collect
     row.label(text=made.name, icon="OUTLINER_COLLECTION")
     row.operator("populace.crowd_form", text="", icon="LOOP_BACK", emboss=False)
     row.operator("populace.remove_crowd", text="", icon="TRASH", emboss=False)
-    coming, persons = on_the_way(made), crowd.people(made)
-    absent = len(crowd.missing(made))
+    coming, persons = on_the_way(made), cast.people(made)
+    absent = len(cast.missing(made))
     here = len(persons) - absent
     if coming:
         running = sum(job.status.fraction for job in coming if not job.status.ended)
@@ -63,12 +64,12 @@ def _draw_crowd(layout: Any, context: bpy.types.Context, made: bpy.types.Collect
         row.progress(factor=min((here + running) / max(len(persons), 1), 1.0), text=f"{here} of {len(persons)} people")
         row.operator("populace.cancel_crowd", text="", icon="X")
     else:
-        places = sum(crowd.PLACEMENT in o for o in made.objects)
+        places = sum(cast.PLACEMENT in o for o in made.objects)
         box.label(text=f"{here} people in {places} places")
         if absent:
             box.operator("populace.make_missing", text=f"Make {absent} Missing", icon="PLAY")
     row = box.row(align=True)
-    now = crowd.display(made)
+    now = cast.display(made)
     for display, text in (("FULL", "Full"), ("LIGHT", "Light"), ("BOX", "Manikins")):
         row.operator("populace.crowd_display", text=text, depress=now == display).display = display
     row = box.row(align=True)

@@ -9,7 +9,8 @@ from typing import Any
 import bpy
 import numpy as np
 
-from . import placement, scene
+from .. import scene
+from . import placement
 
 Array = np.ndarray[Any, Any]
 
