@@ -160,8 +160,13 @@ def _parser() -> argparse.ArgumentParser:
 
     from backend.training import command as training
 
-    train = command("train", training.run, "train the people family on people sampled from a MakeHuman data folder")
+    train = command("train", training.run, "train a family: people on a MakeHuman data folder, others on renders")
     training.add_options(train)
+
+    from backend.training import renders_command
+
+    pictures = command("renders", renders_command.run, "render people or meshes into a folder that train --renders reads")
+    renders_command.add_options(pictures)
     return parser
 
 
