@@ -48,7 +48,7 @@ def bake(
     fine_vertices, fine_faces = _array(fine.vertices), _array(fine.faces)
     normals = _array(vertex_normals(mesh.vertices.double(), mesh.faces))
     tangents = _tangents(vertices, faces, normals, uvs, corners)
-    fine_normals = _smooth_normals(fine_vertices, fine_faces)
+    fine_normals = smooth_normals(fine_vertices, fine_faces)
     twins = half_edge_twins(fine_faces, len(fine_vertices))
     tree = cKDTree(_array(fine.points), balanced_tree=False, compact_nodes=False)
     start = _face_of_vertex(fine_faces, len(fine_vertices))[tree.query(_array(mesh.points))[1]]
@@ -98,7 +98,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _smooth_normals(vertices, faces):
+def smooth_normals(vertices, faces):
     """Unit normals per vertex, faces weighted by area: the slivers of a fine mesh count little."""
     normals = np.zeros_like(vertices)
     for f in range(len(faces)):
