@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import h11
@@ -32,11 +32,19 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-class Guard:
-    """ASGI middleware: answers what must not pass, hands on the rest with its whole body."""
+IMAGE_TYPES = frozenset({b"image/png", b"image/jpeg", b"image/webp", b"application/octet-stream"})
 
-    def __init__(self, app: App, token: str, port: int) -> None:
+
+class Guard:
+    """ASGI middleware: answers what must not pass, hands on the rest with its whole body.
+
+    Bodies are JSON, but for `uploads`: paths to which images of so many bytes may be sent. Those are handed on as they
+    come.
+    """
+
+    def __init__(self, app: App, token: str, port: int, uploads: Mapping[str, int] | None = None) -> None:
         self._app = app
+        self._uploads = dict(uploads or {})
         self._bearer = f"Bearer {token}".encode()
         self._host = f"127.0.0.1:{port}".encode()
 
@@ -44,6 +52,11 @@ class Guard:
         try:
             self._check_size(scope)
             self._check_head(scope["headers"])
+            limit = self._uploads.get(scope["path"]) if scope["method"] == "POST" else None
+            if limit is not None:
+                stream = _limited(scope["headers"], receive, limit)
+                await self._app(scope, stream, send)
+                return
             body = await self._read_body(scope["headers"], receive)
         except PopulaceError as error:
             await _answer(error, send)
@@ -98,6 +111,28 @@ class Guard:
                 raise PopulaceError("invalid_request", "The body is not declared as application/json.", "Send JSON.")
             parse_json(bytes(body))
         return bytes(body)
+
+
+def _limited(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> Receive:
+    """The body in pieces. Raises `too_large`, and `invalid_request` for another type, before or while it comes."""
+    too_large = PopulaceError("too_large", f"The file is larger than {limit >> 20} MiB.", "Make it smaller.")
+    kinds = [value.partition(b";")[0].strip().lower() for name, value in headers if name == b"content-type"]
+    if len(kinds) != 1 or kinds[0] not in IMAGE_TYPES:
+        raise PopulaceError("invalid_request", "The body is not declared as image/png, image/jpeg or image/webp.",
+                            "Send an image.")  # fmt: skip
+    if any(int(value) > limit for name, value in headers if name == b"content-length"):
+        raise too_large
+    size = 0
+
+    async def limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise too_large
+        return message
+
+    return limited
 
 
 async def _answer(error: PopulaceError, send: Send) -> None:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backend.protocol import ENDED, Cancelled, Error, JobRequest, JobState, JobStatus, PopulaceError
-from backend.settings import Settings
-from backend.store import RESULT, STATS, JobStore, Stored, digest_of
+from backend.photo.album import ImageStore
+from backend.protocol import ENDED, Cancelled, Error, JobRequest, JobState, JobStatus, PopulaceError, StoredImage
+from backend.settings import Settings, private_folder
+from backend.store import RESULT, STATS, JobStore, Stored, digest_of, writing_to
 from backend.supervisor import Worker, WorkerDied
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ KEEP_ALIVE_S = 10.0
 FIRST_LEASE_S = 60.0  # for the first client to open its event stream
 LAST_LEASE_S = 4.0  # after the last one closed; with the time to end it stays below 5 s
 _EVICT_INTERVAL_S = 600.0
+_PIECE_BYTES = 1 << 20  # of an image that arrives, written at once
 _ETA_FROM = 0.02  # before that fraction there is nothing to extrapolate from
 
 
@@ -52,6 +54,7 @@ class Job:
     ended: float = 0.0  # seconds since the epoch
     bytes: int = 0
     attempts: int = 0
+    images: tuple[str, ...] = ()  # that it needs until it has ended
     saved: asyncio.Future[None] | None = None  # until the disk has accepted it
 
     def status(self) -> JobStatus:
@@ -113,6 +116,7 @@ class Jobs:
 
     def __init__(self, settings: Settings, command: Sequence[str]) -> None:
         self.store = JobStore(settings.jobs_dir)
+        self.images = ImageStore(settings.images_dir)
         self._wake = asyncio.Event()
         self.worker = Worker(command, settings.worker_restarts, self._wake.set)
         self._settings = settings
@@ -134,6 +138,7 @@ class Jobs:
             job = self._jobs[stored.id] = _job_from(stored)
             if job.state == "queued":
                 self._queue.push(job)
+        await self._on_disk(self.images.open, self._needed())
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._keep_evicting())]
 
     async def close(self) -> None:
@@ -143,6 +148,7 @@ class Jobs:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.worker.close()
+        await self._on_disk(self.images.close)
         self._thread.shutdown()
 
     # -------------------------------------------------------------------------------------------------- for clients
@@ -161,7 +167,10 @@ class Jobs:
         if len(self._queue) >= self._settings.max_queued_jobs:
             raise PopulaceError("queue_full", f"{len(self._queue)} jobs are waiting already.",
                                 "Wait for some to end, or cancel some.")  # fmt: skip
-        job = Job(request.id, request.client, request.request.seed, request.request.family, time.time(), digest)
+        images = tuple(request.request.images())
+        self.images.need(images)
+        job = Job(request.id, request.client, request.request.seed, request.request.family, time.time(), digest,
+                  images=images)  # fmt: skip
         self._jobs[job.id] = job
         job.saved = asyncio.ensure_future(self._on_disk(self.store.create, request, job.created))
         try:
@@ -174,6 +183,27 @@ class Jobs:
         self._publish(job)
         self._wake.set()
         return job.status()
+
+    async def add_image(self, pieces: AsyncIterator[bytes]) -> StoredImage:
+        """Keep an image for requests to come. Raises `image_unreadable`, `too_large`, `out_of_disk`."""
+        with writing_to(self.images.folder):
+            await self._on_disk(private_folder, self.images.folder)
+            incoming = await self._on_disk(self.images.incoming)
+            try:
+                waiting = bytearray()
+                async for piece in pieces:
+                    waiting += piece
+                    if len(waiting) >= _PIECE_BYTES:
+                        await self._on_disk(incoming.write, bytes(waiting))
+                        waiting.clear()
+                await self._on_disk(incoming.write, bytes(waiting))
+                found = await self._on_disk(incoming.measure)
+                self.images.accept(found.id, incoming.size)
+                await self._on_disk(incoming.keep)
+            finally:
+                await asyncio.shield(self._on_disk(incoming.discard))
+        await self._forget_images()
+        return found
 
     def find(self, job_id: str) -> Job:
         """Raises `not_found`."""
@@ -339,6 +369,7 @@ class Jobs:
             await self._cancelled(job)
             return
         job.state, job.stage, job.error, job.fraction, job.ended = state, "", error, fraction, ended.ended
+        self.images.touch(job.images)
         self._publish(job)
 
     async def _cancelled(self, job: Job) -> None:
@@ -367,13 +398,23 @@ class Jobs:
             gone.append(self._jobs.pop(job.id).id)
         for job_id in gone:
             await self._on_disk(self.store.remove, job_id)
+        await self._forget_images()
+
+    async def _forget_images(self) -> None:
+        for path in self.images.stale(self._needed()):
+            await self._on_disk(path.unlink, True)
+
+    def _needed(self) -> set[str]:
+        """Images of jobs that have not ended."""
+        return {image for job in self._jobs.values() if job.state not in ENDED for image in job.images}
 
     async def _on_disk(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
 
 def _job_from(stored: Stored) -> Job:
-    job = Job(stored.id, stored.client, stored.seed, stored.family, stored.created, stored.digest)
+    job = Job(stored.id, stored.client, stored.seed, stored.family, stored.created, stored.digest,
+              images=stored.images)  # fmt: skip
     if stored.status is not None:
         job.state, job.error, job.fraction = stored.status.state, stored.status.error, stored.status.fraction
         job.ended, job.bytes = stored.ended, stored.bytes

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from backend.geometry.simplify import simplify
 from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.packet import HumanAsset, Part, RigArrays
+from backend.photo.album import Images
 from backend.protocol import GenerateRequest, PopulaceError
 from backend.render.thumbnail import thumbnail
+from backend.shape_keys import ShapeKey
 
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
@@ -44,7 +47,7 @@ MIN_TEXTURE = 256
 
 @torch.no_grad()
 def generate(
-    request: GenerateRequest, model: FamilyModel, step: Step = no_step
+    request: GenerateRequest, model: FamilyModel, step: Step = no_step, images: Images | None = None
 ) -> tuple[HumanAsset, dict[str, dict[str, Any]]]:
     """Run one request. `step(stage, fraction of the whole)` reports progress, raises `Cancelled` to stop.
 
@@ -116,7 +119,7 @@ def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh
 
 def _assemble(
     made: Sequence[tuple[HumanField, int, TriMesh, Textures]],
-    keys: Mapping[str, Sequence[torch.Tensor]],
+    keys: Mapping[str, ShapeKey],
     latents: Latents,
     request: GenerateRequest,
     model: FamilyModel,
@@ -125,7 +128,9 @@ def _assemble(
     heights = [y for _, lod, mesh, _ in made if lod == 0 for y in mesh.vertices[:, 1].aminmax()]
     floor, height = float(min(heights)), float(max(heights)) - float(min(heights))
     drop = np.array([0, floor, 0], np.float32)
-    offsets = _on_the_floor(made, keys, floor)
+    rise = _rise(made, keys, floor)
+    offsets = [_numpy(torch.stack([key.moves[i] for key in keys.values()]), np.float32) + rise
+               for i in range(len(made) if keys else 0)]  # fmt: skip
     textures = [textures for *_, textures in made]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # zlib releases the interpreter lock
         maps = ([t.base_color for t in textures], [t.normal for t in textures], [t.orm for t in textures])
@@ -152,6 +157,8 @@ def _assemble(
     if rig is not None:
         arrays = RigArrays(_numpy(rig.heads, np.float32) - drop, _numpy(rig.tails, np.float32) - drop,
                            np.array(rig.parents, np.int32))  # fmt: skip
+        if joints := [key.joints for key in keys.values() if key.joints is not None]:
+            arrays = replace(arrays, key_heads=_numpy(torch.stack(joints), np.float32) + rise)
     ignored, asked = words_ignored(request), request.model_dump(mode="json")
     meta = {
         "parts": facts,
@@ -171,16 +178,14 @@ def _assemble(
     return HumanAsset(tuple(parts), codes, arrays, meta, picture)
 
 
-def _on_the_floor(
-    made: Sequence[tuple[HumanField, int, TriMesh, Textures]], keys: Mapping[str, Sequence[torch.Tensor]], floor: float
-) -> list[np.ndarray[Any, Any]]:
-    """Per mesh the keys' offsets f32 [K, V, 3], so that at each key the lowest point of the person is on the floor."""
-    if not keys:
-        return []
-    lows = [min(float((mesh.vertices + moved)[:, 1].min()) for (_, lod, mesh, _), moved in zip(made, key) if lod == 0)
+def _rise(
+    made: Sequence[tuple[HumanField, int, TriMesh, Textures]], keys: Mapping[str, ShapeKey], floor: float
+) -> np.ndarray[Any, Any]:
+    """How far each key lifts everything f32 [K, 1, 3], so that at it the lowest point of the person is on the floor."""
+    lows = [min(float((mesh.vertices + moved)[:, 1].min())
+                for (_, lod, mesh, _), moved in zip(made, key.moves) if lod == 0)
             for key in keys.values()]  # fmt: skip
-    rise = np.array([[0, floor - low, 0] for low in lows], np.float32)[:, None]
-    return [_numpy(torch.stack([key[i] for key in keys.values()]), np.float32) + rise for i in range(len(made))]
+    return np.array([[0, floor - low, 0] for low in lows], np.float32).reshape(-1, 1, 3)
 
 
 def mesh_facts(faces: np.ndarray[Any, Any], vertex_count: int) -> dict[str, Any]:

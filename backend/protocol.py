@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,23 +19,28 @@ from pydantic import (
 )
 
 PROTOCOL_VERSION: Final = 1
+PHOTO_POSE: Final = "photo"
 
 MAX_JSON_BYTES: Final = 1 << 20
 MAX_JSON_DEPTH: Final = 32
 MAX_EDITS: Final = 64
 MAX_LODS: Final = 4
 MAX_SHAPE_KEYS: Final = 16
+MAX_PHOTOS: Final = 8
+MAX_IMAGE_BYTES: Final = 64 << 20
 
 ErrorCode = Literal[
     "unauthorized", "forbidden", "not_found", "method_not_allowed", "conflict", "too_large", "invalid_request",
     "unknown_family", "invalid_latents", "weights_missing", "weights_corrupt", "empty_surface", "out_of_memory",
     "no_gpu", "out_of_gpu_memory", "out_of_disk", "worker_crashed", "deadline_exceeded", "cancelled", "queue_full",
-    "shutting_down", "protocol_mismatch", "internal_error",
+    "shutting_down", "protocol_mismatch", "internal_error", "image_missing", "image_unreadable", "no_person_found",
+    "mask_needed",
 ]  # fmt: skip
 
 HTTP_STATUS: Final[dict[ErrorCode, int]] = {
     "unauthorized": 401, "forbidden": 403, "not_found": 404, "method_not_allowed": 405, "conflict": 409,
-    "too_large": 413, "invalid_request": 422, "unknown_family": 422, "invalid_latents": 422, "queue_full": 429,
+    "too_large": 413, "invalid_request": 422, "unknown_family": 422, "invalid_latents": 422, "image_missing": 422,
+    "image_unreadable": 422, "no_person_found": 422, "mask_needed": 422, "queue_full": 429,
     "shutting_down": 503, "worker_crashed": 503, "out_of_disk": 507,
 }  # fmt: skip
 """Others are 500."""
@@ -114,8 +119,28 @@ Value = Annotated[
 ]
 
 
+def _rotation(value: list[float]) -> list[float]:
+    if abs(math.hypot(*value) - 1) > 0.01:
+        raise ValueError("a rotation is a quaternion w, x, y, z of length 1")
+    return value
+
+
+ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="as POST /v1/images told: the bytes' SHA-256")]
+MapName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}/photo$", description="PART/photo")]
+Maps = Annotated[dict[MapName, ImageId], Field(max_length=64)]
+"""What photos showed of parts: RGBA PNGs from an earlier packet, sent by POST /v1/images."""
+Bone = Annotated[str, Field(pattern=r"^[A-Za-z0-9_. -]{1,63}$")]
+Rotation = Annotated[list[float], Field(min_length=4, max_length=4), AfterValidator(_rotation)]
+
+
 def _both() -> list[Literal["shape", "tex"]]:
     return ["shape", "tex"]
+
+
+def _belong(maps: dict[str, str], latents: dict[str, Any] | None) -> None:
+    parts = {name.partition("/")[0] for name in latents or ()}
+    if any(name.partition("/")[0] not in parts for name in maps):
+        raise ValueError("latent_maps belong to parts whose codes are given in latents")
 
 
 class Person(Model):
@@ -124,11 +149,13 @@ class Person(Model):
     seed: Seed | None = None
     truncation_psi: Psi = 0.7
     latents: Codes | None = None
+    latent_maps: Maps = Field(default_factory=dict)  # that belong to the latents
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Person:
         if (self.seed is None) == (self.latents is None):
             raise ValueError("a person is given by seed or by latents, one of the two")
+        _belong(self.latent_maps, self.latents)
         return self
 
 
@@ -194,21 +221,55 @@ OPS: Final = ("mix", "vary", "part", "remove", "reroll", "set", "words")
 Edit = Annotated[Mix | Vary | TakeParts | Remove | Reroll | SetValues | Words, Field(discriminator="op")]
 
 
+class Photo(Model):
+    """One photo of the person. Several of them show the same person."""
+
+    image: ImageId
+    mask: ImageId | None = Field(default=None, description="a picture of the same shape: white or opaque where the "
+                                 "person is")  # fmt: skip
+    person: int = Field(default=0, ge=0, le=63, description="which one, where there are several, from the left")
+
+
+class Inversion(Model):
+    """How a person is made from photos."""
+
+    steps: int = Field(default=60, ge=0, le=1000, description="of the fit; 0: what the encoder sees at first glance")
+    seconds: Annotated[float, Field(gt=0, le=3600)] | None = Field(
+        default=None, description="end the fit after this time; how far it comes then depends on the machine"
+    )
+    texture: bool = Field(default=True, description="what the photos show stays as they show it")
+    delight: bool = Field(default=True, description="take the photos' light and shade off")
+    symmetric: bool = Field(default=True, description="let the side that is seen tell of the one that is not")
+    refine: Literal["none", "diffusion"] = "none"
+
+
 class GenerateRequest(Model):
     """Everything about one person. The same request gives the same packet on the same device and version.
 
-    The person is that of the seed, with `latents` in place of some of its codes; then come `prompt` and `edits`, in
-    this order. `latents` that hold a whole body are a whole person: the seed plays no role.
+    The person is that of the photos or else of the seed, the latter with `latents` in place of some of its codes; then
+    come `prompt` and `edits`, in this order. `latents` that hold a whole body are a whole person: the seed plays no
+    role.
     """
 
     family: Name = "people"
     seed: Seed = 0
     truncation_psi: Psi = 0.7
     latents: Codes | None = Field(default=None, description="codes in place of the seed's")
+    latent_maps: Maps = Field(default_factory=dict, description="of the parts in latents that photos showed")
+    photos: list[Photo] = Field(default_factory=list, max_length=MAX_PHOTOS, description="of one person; the first one "
+                                "tells the pose")  # fmt: skip
+    inversion: Inversion = Field(default_factory=Inversion)
     parameters: dict[str, Any] = Field(default_factory=dict, description="family parameters, see GET /v1/families")
     prompt: Text | None = None
     edits: list[Edit] = Field(default_factory=list, max_length=MAX_EDITS, description="applied in order")
-    pose: str = Field(default="rest", pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]{0,63}$")
+    pose: str = Field(
+        default="rest",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_ -]{0,63}$",
+        description='see GET /v1/families; "photo" is that of the first photo, and the default where there are photos',
+    )
+    joint_rotations: Annotated[dict[Bone, Rotation], Field(max_length=512)] | None = Field(
+        default=None, description="over the pose: quaternions w, x, y, z by bone, parent-relative in world-aligned axes"
+    )
     separate: bool = Field(default=False, description="clothes and hair as objects of their own")
     grid_resolution: int = Field(default=256, ge=16, le=512, description="lattice cells along the height")
     faces: int = Field(default=30000, ge=500, le=2_000_000, description="face budget of the whole person")
@@ -219,6 +280,34 @@ class GenerateRequest(Model):
     shape_keys: Annotated[list[Name], Field(max_length=MAX_SHAPE_KEYS), AfterValidator(_once)] = Field(
         default_factory=list, description="numeric attributes; each gives two keys, NAME_min and NAME_max"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_photo(cls, raw: Any) -> Any:
+        return {"pose": PHOTO_POSE, **raw} if isinstance(raw, dict) and raw.get("photos") else raw
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.photos and self.latents is not None:
+            raise ValueError("a person is given by photos or by latents, one of the two")
+        if self.pose == PHOTO_POSE and not self.photos:
+            raise ValueError('the pose "photo" is that of a photo, and there is none')
+        _belong(self.latent_maps, self.latents)
+        return self
+
+    def images(self) -> list[str]:
+        """Ids of all images that are needed, each once, in order."""
+        others = [edit.other for edit in self.edits if isinstance(edit, Mix | TakeParts)]
+        found = [name for photo in self.photos for name in (photo.image, photo.mask) if name]
+        return list(dict.fromkeys([*found, *(name for who in (self, *others) for name in who.latent_maps.values())]))
+
+
+class StoredImage(Model):
+    """An image that was sent. It is kept until the server ends, or for an hour after it was needed last."""
+
+    id: ImageId
+    width: int  # of the upright picture, pixels
+    height: int
 
 
 class JobRequest(Model):

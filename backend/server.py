@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The server process: routes, event stream, start and end. No torch here; the worker process has it.
 
-    settings -> claim the right to be the backend -> socket -> runtime file -> serve -> withdraw, end the worker
+settings -> claim the right to be the backend -> socket -> runtime file -> serve -> withdraw, end the worker
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from backend import __version__, checks, families, packet, poses, runtime, weights
 from backend.guard import MAX_HEAD_BYTES, Connection, Guard
 from backend.jobs import Jobs
 from backend.protocol import (
     HTTP_STATUS,
+    MAX_IMAGE_BYTES,
     MAX_LODS,
     PROTOCOL_VERSION,
     ClientName,
@@ -40,6 +42,7 @@ from backend.protocol import (
     JobRequest,
     JobStatus,
     PopulaceError,
+    StoredImage,
     invalid,
 )
 from backend.settings import Settings, private_folder
@@ -48,6 +51,7 @@ from backend.supervisor import worker_command
 log = logging.getLogger(__name__)
 
 LOG_FILES, LOG_BYTES = 5, 5 << 20
+IMAGES = "/v1/images"
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
 
 
@@ -79,7 +83,8 @@ async def _serve(
     jobs = Jobs(settings, worker)
     app = make_app(settings, jobs, lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
-        Guard(app, address.token, address.port), http=Connection, ws="none", lifespan="off", loop="asyncio",
+        Guard(app, address.token, address.port, {IMAGES: MAX_IMAGE_BYTES}), http=Connection, ws="none", lifespan="off",
+        loop="asyncio",
         log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=30, timeout_graceful_shutdown=1,
     )  # fmt: skip
@@ -173,6 +178,16 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
             for found in weights.manifests(data_dir=settings.data_dir)
         ]  # fmt: skip
 
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    body = {"required": True, "content": {f"image/{kind}": binary for kind in ("png", "jpeg", "webp")}}
+
+    @app.post(IMAGES, response_model=StoredImage, openapi_extra={"requestBody": body})
+    async def add_image(request: Request) -> Any:
+        try:
+            return await jobs.add_image(request.stream())
+        except ClientDisconnect:
+            return Response(status_code=400)
+
     @app.post("/v1/jobs")
     async def submit(job: JobRequest) -> JobStatus:
         checks.check(job.request)
@@ -237,7 +252,10 @@ def _problem(error: PopulaceError) -> JSONResponse:
 
 async def _answer_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, PopulaceError)
-    return _problem(error)
+    answer = _problem(error)
+    if error.code == "too_large":  # there may be more of the request that nobody wants to read
+        answer.headers["Connection"] = "close"
+    return answer
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:

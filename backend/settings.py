@@ -58,6 +58,10 @@ class Settings:
         return self.data_dir / "jobs"
 
     @property
+    def images_dir(self) -> Path:
+        return self.data_dir / "images"
+
+    @property
     def logs_dir(self) -> Path:
         return self.data_dir / "logs"
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Job folders on disk. Plain files, each written whole or not at all, so that any process may die at any moment.
 
-    <data_dir>/jobs/<id>/request.json         what was asked, by whom, when; the job exists when this file does
-                         result.safetensors   the packet, written by the worker; the job is done when this file exists
-                         stats.json           seconds per stage, written by the worker
-                         status.json          how the job ended; a job with neither this nor a result runs again
+<data_dir>/jobs/<id>/request.json         what was asked, by whom, when; the job exists when this file does
+                     result.safetensors   the packet, written by the worker; the job is done when this file exists
+                     stats.json           seconds per stage, written by the worker
+                     status.json          how the job ended; a job with neither this nor a result runs again
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Stored:
     status: JobStatus | None  # None: it has not ended
     ended: float
     bytes: int  # of the result
+    images: tuple[str, ...] = ()  # that the request names
 
 
 class JobStore:
@@ -58,7 +59,7 @@ class JobStore:
 
     def create(self, job: JobRequest, created: float) -> None:
         """Raises when there is too little space for a result."""
-        with self._writing(), contextlib.ExitStack() as undo:
+        with writing_to(self.folder), contextlib.ExitStack() as undo:
             self.path(job.id).mkdir(mode=0o700, parents=True, exist_ok=True)
             undo.callback(self.remove, job.id)
             free = shutil.disk_usage(self.folder).free
@@ -72,11 +73,11 @@ class JobStore:
 
     def read_request(self, job_id: str) -> dict[str, Any]:
         """The request as JSON."""
-        with self._writing():
+        with writing_to(self.folder):
             return json.loads(self.path(job_id, "request.json").read_bytes())["job"]["request"]
 
     def finish(self, status: JobStatus, ended: float) -> None:
-        with self._writing():
+        with writing_to(self.folder):
             self.path(status.id).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._write(status.id, "status.json", {"status": status.model_dump(mode="json"), "ended": ended})
 
@@ -130,22 +131,24 @@ class JobStore:
         elif status is not None and status.state == "done":
             status = None  # the result was lost: make it again
         return Stored(job.id, job.client, job.request.seed, job.request.family, created, digest_of(job), status,
-                      ended, size)  # fmt: skip
+                      ended, size, tuple(job.request.images()))  # fmt: skip
 
     def _write(self, job_id: str, name: str, value: dict[str, Any]) -> None:
         write_file(self.path(job_id, name), json.dumps(value, allow_nan=False).encode())
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-            raise PopulaceError(
-                "out_of_disk", f"{self.folder} cannot be used: {error.strerror or type(error).__name__}; "
-                f"{shutil.disk_usage(there).free / 1e6:.0f} MB are free.",
-                "Make room there, allow writing, or choose another folder with --data-dir."
-            ) from error  # fmt: skip
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What goes wrong with a folder inside becomes `out_of_disk`, with the numbers."""
+    try:
+        yield
+    except OSError as error:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        raise PopulaceError(
+            "out_of_disk", f"{folder} cannot be used: {error.strerror or type(error).__name__}; "
+            f"{shutil.disk_usage(there).free / 1e6:.0f} MB are free.",
+            "Make room there, allow writing, or choose another folder with --data-dir."
+        ) from error  # fmt: skip
 
 
 def digest_of(job: JobRequest) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from backend.photo.album import Folder
 from backend.protocol import Cancelled, Error, GenerateRequest, PopulaceError, parse_request
 from backend.settings import Settings
 from backend.store import RESULT, STATS
@@ -81,7 +82,7 @@ class Pipeline:
         begin = time.perf_counter()
         model = self._loaded(request.family)
         loading_s = time.perf_counter() - begin
-        asset, stats = pipeline.generate(request, model, step)
+        asset, stats = pipeline.generate(request, model, step, Folder(self._settings.images_dir))
         begin = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         size = packet.write(folder / RESULT, asset)

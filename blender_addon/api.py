@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .families import Family, parse
-from .messages import PROTOCOL_VERSION, BackendError, BadReply, Health, Status, error_from_json
+from .messages import (
+    PROTOCOL_VERSION,
+    BackendError,
+    BadReply,
+    Health,
+    Status,
+    error_from_json,
+    image_pieces,
+    is_image_id,
+)
 
 HOST: Final = "127.0.0.1"
 MAX_HEAD_BYTES: Final = 16 << 10
@@ -23,6 +32,7 @@ MAX_JSON_BYTES: Final = 4 << 20
 MAX_RESULT_BYTES: Final = 512 << 20
 MAX_EVENT_BYTES: Final = 64 << 10
 CALL_TIMEOUT_S: Final = 10.0
+SEND_TIMEOUT_S: Final = 60.0
 STALL_TIMEOUT_S: Final = 25.0  # the event stream says something every 10 s at least
 _CHUNK_BYTES: Final = 1 << 18
 
@@ -72,6 +82,23 @@ class Api:
         body = {"id": job_id, "client": client, "request": request}
         return Status.from_json(await self._json("POST", "/v1/jobs", body))
 
+    async def send_image(self, image: str) -> str:
+        """Send the image of a file or of an `inline` text ahead of a request; returns the id that names it there."""
+        pieces = image_pieces(image)
+        size = int(next(pieces))
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S), _translated(), self._call(
+                    "POST", "/v1/images", pieces, size) as reply:  # fmt: skip
+                told = json.loads(await reply.body(MAX_JSON_BYTES))
+        except TimeoutError:
+            raise Unreachable(f"a photo was not taken in {SEND_TIMEOUT_S:.0f} s") from None
+        except (ValueError, RecursionError):
+            raise BadReply("a reply that is not JSON") from None
+        found = told.get("id") if isinstance(told, dict) else None
+        if not isinstance(found, str) or not is_image_id(found):
+            raise BadReply("an image without an id")
+        return found
+
     async def cancel(self, job_id: str) -> None:
         await self._json("DELETE", f"/v1/jobs/{job_id}")
 
@@ -118,19 +145,27 @@ class Api:
             raise BadReply("a reply that is not JSON") from None
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, path: str, body: Any = None) -> AsyncIterator[_Reply]:
-        payload = b"" if body is None else json.dumps(body, allow_nan=False).encode()
+    async def _call(self, method: str, path: str, body: Any = None, size: int | None = None) -> AsyncIterator[_Reply]:
+        """`body` is sent as JSON, or, with its `size`, is an iterator over the pieces of a file."""
+        payload = b"" if body is None or size is not None else json.dumps(body, allow_nan=False).encode()
         head = [
             f"{method} {path} HTTP/1.1", f"Host: {HOST}:{self.address.port}", "Connection: close",
             f"Authorization: Bearer {self.address.token}",
         ]  # fmt: skip
-        if body is not None:
+        if size is not None:
+            head += ["Content-Type: application/octet-stream", f"Content-Length: {size}"]
+        elif body is not None:
             head += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
         reader, writer = await asyncio.wait_for(
             asyncio.open_connection(HOST, self.address.port, limit=_CHUNK_BYTES), CALL_TIMEOUT_S)  # fmt: skip
         try:
             writer.write("\r\n".join([*head, "", ""]).encode() + payload)
-            await writer.drain()
+            with contextlib.suppress(ConnectionError):  # refused before it was whole: the reply says why
+                await writer.drain()
+                for piece in (body or ()) if size is not None else ():
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0)
             reply = await _Reply.start(reader)
             if not 200 <= reply.status < 300:
                 raise await _failure(reply)

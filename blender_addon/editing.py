@@ -31,6 +31,7 @@ DEBOUNCE_S: Final = 0.15
 MAX_WAIT_S: Final = 0.6  # while a slider never rests
 PAUSE_S: Final = 0.6
 VARIANTS: Final = 6
+VARIATION: Final = 0.45  # 0.3 gives people that one takes for the same; from 0.5 on parts change sides as a whole
 NOWHERE: Final = (0.0, 0.0, 0.0)
 
 Edits = Sequence[Mapping[str, Any]]
@@ -213,19 +214,19 @@ def _coming(key: str) -> Job | None:
 
 def mix_edit(other_uuid: str, amount: float) -> dict[str, Any]:
     """Raises `BackendError` when the other person is gone."""
-    return {"op": "mix", "other": {"latents": _latents_of(other_uuid)}, "amount": amount}
+    return {"op": "mix", "other": _person_of(other_uuid), "amount": amount}
 
 
 def swap_edit(other_uuid: str, part: str) -> dict[str, Any]:
     """Raises `BackendError` when the other person is gone."""
-    return {"op": "part", "parts": [part], "other": {"latents": _latents_of(other_uuid)}}
+    return {"op": "part", "parts": [part], "other": _person_of(other_uuid)}
 
 
-def _latents_of(other_uuid: str) -> dict[str, Any]:
+def _person_of(other_uuid: str) -> dict[str, Any]:
     other = replacing.find(other_uuid)
     if other is None:
         raise BackendError("person_gone", "The other person is not in this file.", "Select two people.")
-    return recipes.latents(recipes.parse(other.populace.recipe))
+    return recipes.person(recipes.parse(other.populace.recipe))
 
 
 def random_seed() -> int:

@@ -6,16 +6,22 @@ The backend has its own copy of these words (`backend/protocol.py`); tests/contr
 
 from __future__ import annotations
 
+import base64
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, TypedDict, TypeGuard
+from typing import Any, Final, TypeAlias, TypedDict, TypeGuard
 
 PROTOCOL_VERSION: Final = 1
 CLIENT_PREFIX: Final = "blender"
 JOB_STATES: Final = frozenset({"queued", "running", "cancelling", "done", "failed", "cancelled"})
 ENDED: Final = frozenset({"done", "failed", "cancelled"})
+MAX_IMAGE_BYTES: Final = 64 << 20
+PHOTO_POSE: Final = "photo"
+INVERSION: Final[Mapping[str, Any]] = {"steps": 60, "seconds": None, "texture": True, "delight": True,
+                                       "symmetric": True, "refine": "none"}  # fmt: skip
+_INLINE: Final = "data:application/octet-stream;base64,"
 
 
 class BackendError(Exception):
@@ -45,18 +51,30 @@ class BadReply(BackendError):
         super().__init__("bad_reply", f"The generator sent something unexpected: {what}.", "Restart the generator.")
 
 
+Image: TypeAlias = "str | os.PathLike[str] | bytes"
+"""A file, the bytes of one, or what `inline` made of them. PNG, JPEG or WebP."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """Everything about one person. The same request gives the same person."""
+    """Everything about one person. The same request gives the same person.
+
+    Where the backend wants the id of an image, there is the path of a file or an `inline` text; the session sends such
+    images ahead. `photos` may be given as paths; they become {"image": path, "mask": path or None, "person": 0}.
+    """
 
     seed: int = 0
     family: str = "people"
     truncation_psi: float = 0.7
     latents: Mapping[str, list[list[float]]] | None = None
+    latent_maps: Mapping[str, str] = field(default_factory=dict)  # what photos showed of parts; goes with `latents`
+    photos: Sequence[Image | Mapping[str, Any]] = field(default_factory=list)  # of one person
+    inversion: Mapping[str, Any] = field(default_factory=dict)  # how a person is made from photos, see INVERSION
     parameters: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None  # plain words, before the edits
     edits: list[Mapping[str, Any]] = field(default_factory=list)  # such as {"op": "set", "values": {"height_m": 1.8}}
-    pose: str = "rest"
+    pose: str = ""  # "rest", or with photos "photo": as in the first one
+    joint_rotations: Mapping[str, Sequence[float]] | None = None  # w, x, y, z by bone, over the pose
     separate: bool = False  # clothes and hair as objects of their own
     grid_resolution: int = 256
     faces: int = 30000
@@ -65,8 +83,66 @@ class Request:
     maps: str = "pbr"  # "color": no normal and no roughness map
     shape_keys: list[str] = field(default_factory=list)  # numeric attributes, each as two shape keys
 
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # frozen
+        set_field(self, "photos", [_photo(photo) for photo in self.photos])
+        set_field(self, "inversion", {**INVERSION, **self.inversion})
+        set_field(self, "pose", self.pose or (PHOTO_POSE if self.photos else "rest"))
+
     def to_json(self) -> dict[str, Any]:
+        """As the backend has it, but for images that it has not got yet."""
         return asdict(self)
+
+
+def image_slots(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a request as JSON names images: objects, and the keys in them."""
+    for photo in raw["photos"]:
+        yield from ((photo, key) for key in ("image", "mask") if photo.get(key))
+    others = [edit.get("other") for edit in raw["edits"]]
+    for holder in (raw, *(other for other in others if isinstance(other, dict))):
+        maps: dict[str, Any] = holder.get("latent_maps") or {}
+        yield from ((maps, key) for key in maps)
+
+
+def is_image_id(text: str) -> bool:
+    """Whether the backend gave this name to an image, or would."""
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+
+
+def inline(data: bytes) -> str:
+    """Bytes of an image as text that can be stored and sent."""
+    return _INLINE + base64.b64encode(data).decode()
+
+
+def image_pieces(image: str, size: int = 1 << 18) -> Iterator[bytes]:
+    """The bytes of a file or of an `inline` text; the first piece is their number. Raises `BackendError`."""
+    try:
+        if image.startswith(_INLINE):
+            data = base64.b64decode(image.removeprefix(_INLINE), validate=True)
+            yield str(len(data)).encode()
+            yield from (data[i : i + size] for i in range(0, len(data), size))
+            return
+        with open(image, "rb") as file:
+            total = left = os.fstat(file.fileno()).st_size
+            if total > MAX_IMAGE_BYTES:
+                name, limit = os.path.basename(image), MAX_IMAGE_BYTES >> 20
+                raise BackendError("too_large", f"{name} is larger than {limit} MiB.", "Make it smaller.")
+            yield str(total).encode()
+            while left and (piece := file.read(min(size, left))):
+                left -= len(piece)
+                yield piece
+    except OSError as error:
+        raise BackendError("image_unreadable", masked(f"{image[:300]}: {error.strerror or type(error).__name__}."),
+                           "Choose the photo again.") from None  # fmt: skip
+    except ValueError:
+        raise BackendError("image_unreadable", "A stored picture is damaged.", "Make the person anew.") from None
+
+
+def _photo(photo: Image | Mapping[str, Any]) -> dict[str, Any]:
+    given = dict(photo) if isinstance(photo, Mapping) else {"image": photo}
+    texts = {key: given[key] for key in ("image", "mask") if given.get(key) is not None}
+    texts = {key: inline(said) if isinstance(said, bytes) else os.fspath(said) for key, said in texts.items()}
+    return {"mask": None, "person": 0, **given, **texts}
 
 
 class RequestFields(TypedDict, total=False):
@@ -76,10 +152,14 @@ class RequestFields(TypedDict, total=False):
     family: str
     truncation_psi: float
     latents: Mapping[str, list[list[float]]] | None
+    latent_maps: Mapping[str, str]
+    photos: Sequence[Image | Mapping[str, Any]]
+    inversion: Mapping[str, Any]
     parameters: Mapping[str, Any]
     prompt: str | None
     edits: list[Mapping[str, Any]]
     pose: str
+    joint_rotations: Mapping[str, Sequence[float]] | None
     separate: bool
     grid_resolution: int
     faces: int

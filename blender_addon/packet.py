@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .messages import BackendError
+from .messages import BackendError, inline
 
 SCHEMA: Final = "populace.human/1"
 MAX_PACKET_BYTES: Final = 1 << 30
@@ -68,6 +68,15 @@ class Rig:
     tails: Array  # f32 [J, 3]
     rotations: Array | None = None  # f32 [J, 4] of a posed person: wxyz, parent-relative, in world-aligned axes
     translation: Array | None = None  # f32 [1, 3] of the roots, with the rotations
+    key_heads: Mapping[str, Array] = field(default_factory=dict)  # f32 [J, 3] by shape key: what it adds to `heads`
+    key_translation: Mapping[str, Array] = field(default_factory=dict)  # f32 [3]: what it adds to `translation`
+
+    def at_key(self, name: str) -> Rig:
+        """The rig of the person at one shape key, as far as the packet says; for skinning, so tails stay behind."""
+        moved = replace(self, heads=self.heads + self.key_heads[name]) if name in self.key_heads else self
+        if self.translation is None or name not in self.key_translation:
+            return moved
+        return replace(moved, translation=self.translation + self.key_translation[name])
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Human:
     latents: Mapping[str, Array]  # name -> f32 [L, C]
     asset: Mapping[str, Any]  # the backend's description: "recipe", "attributes", "stats", ...
     thumbnail_png: bytes | None = None  # a small square picture; older generators send none
+    maps: Mapping[str, bytes] = field(default_factory=dict)  # "PART/photo": what photos showed of parts, RGBA PNGs
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -86,7 +96,8 @@ class Human:
         codes = {name: {"shape": list(a.shape), "f32": base64.b64encode(a.astype("<f4").tobytes()).decode()}
                  for name, a in self.latents.items()}  # fmt: skip
         recipe = self.asset.get("recipe")
-        return {**(recipe if isinstance(recipe, dict) else {}), "latents": codes}
+        maps = {"latent_maps": {name: inline(png) for name, png in self.maps.items()}} if self.maps else {}
+        return {**(recipe if isinstance(recipe, dict) else {}), "latents": codes, **maps}
 
     @property
     def height_m(self) -> float:
@@ -170,13 +181,26 @@ def _human(arrays: dict[str, Array], metadata: dict[str, str]) -> Human:
         raise PacketError("its shape keys have no names")
     if len(set(keys)) != len(keys) or not all(0 < len(key.encode()) <= 63 for key in keys):
         raise PacketError("its shape keys have no proper names")
+    rig = _key_joints(arrays, rig, keys) if rig is not None and "rig/key_heads" in arrays else rig
     parts = tuple(_part(arrays, i, name, lod, rig, keys) for i, (name, lod) in enumerate(zip(names, lods)))
     latents = {name.removeprefix("latents/"): _checked(arrays, name, "<f4", (None, None))
                for name in list(arrays) if name.startswith("latents/")}  # fmt: skip
     thumbnail = _png(arrays, "thumbnail.png") if "thumbnail.png" in arrays else None
+    maps = {name: _png(arrays, f"maps/{name}.png") for name in _map_names(arrays, latents)}
     if arrays:
         raise PacketError(f"it holds an unknown array {min(arrays)[:60]!r}")
-    return Human(parts, rig, latents, asset, thumbnail)
+    return Human(parts, rig, latents, asset, thumbnail, maps)
+
+
+def _map_names(arrays: dict[str, Array], latents: Mapping[str, Array]) -> list[str]:
+    """Of what photos showed: PART/photo, of parts that the person has."""
+    names = [name[5:-4] for name in arrays if name.startswith("maps/") and name.endswith(".png")]
+    parts = {name.partition("/")[0] for name in latents}
+    for name in names:
+        part, _, kind = name.partition("/")
+        if kind != "photo" or part not in parts:
+            raise PacketError(f"it holds a map {name[:60]!r} of no part")
+    return names
 
 
 def _part(arrays: dict[str, Array], i: int, name: str, lod: int, rig: Rig | None, keys: list[str]) -> Part:
@@ -218,6 +242,15 @@ def _rig(arrays: dict[str, Array], asset: Mapping[str, Any]) -> Rig:
     if (np.abs(np.linalg.norm(rotations, axis=1) - 1) > 1e-3).any():
         raise PacketError("its bones' rotations are none")
     return replace(rig, rotations=rotations, translation=_checked(arrays, "rig/translation", "<f4", (1, 3)))
+
+
+def _key_joints(arrays: dict[str, Array], rig: Rig, keys: list[str]) -> Rig:
+    heads = _checked(arrays, "rig/key_heads", "<f4", (len(keys), len(rig.names), 3))
+    moved = replace(rig, key_heads=dict(zip(keys, heads)))
+    if rig.rotations is None or "rig/key_translation" not in arrays:
+        return moved
+    lifts = _checked(arrays, "rig/key_translation", "<f4", (len(keys), 3))
+    return replace(moved, key_translation=dict(zip(keys, lifts)))
 
 
 def _checked(arrays: dict[str, Array], name: str, dtype: str, shape: tuple[int | None, ...],

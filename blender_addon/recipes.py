@@ -13,7 +13,8 @@ from .messages import BackendError, Request
 from .packet import recipe_latents
 
 PREVIEW: Final[Mapping[str, Any]] = {"grid_resolution": 96, "faces": 6000, "texture_size": 512}
-OUTPUT: Final = ("pose", "separate", "grid_resolution", "faces", "lods", "texture_size", "maps", "shape_keys")
+OUTPUT: Final = ("pose", "joint_rotations", "separate", "grid_resolution", "faces", "lods", "texture_size", "maps",
+                 "shape_keys")  # fmt: skip
 """Fields of a request that say how a person is delivered, not who it is."""
 
 
@@ -34,6 +35,12 @@ def latents(recipe: Mapping[str, Any]) -> dict[str, list[list[float]]]:
         return recipe_latents(recipe)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _unreadable() from None
+
+
+def person(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """This very person as the other one of an edit. Raises `BackendError`."""
+    maps = recipe.get("latent_maps")
+    return {"latents": latents(recipe), **({"latent_maps": maps} if maps else {})}
 
 
 def request_of(recipe: Mapping[str, Any], edits: Sequence[Mapping[str, Any]] = (), **output: Any) -> Request:

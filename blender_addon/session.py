@@ -18,7 +18,7 @@ from typing import Any, Final
 from . import process
 from .api import Address, Api, Unreachable
 from .families import Family
-from .messages import CLIENT_PREFIX, BackendError, Health, Request, Status
+from .messages import CLIENT_PREFIX, BackendError, Health, Request, Status, image_slots, is_image_id
 from .packet import Human, read
 
 log = logging.getLogger(__name__)
@@ -318,7 +318,7 @@ class Session:
     async def _send(self, api: Api, job: Job) -> None:
         try:
             async with self._calls:
-                status = await api.submit(job.id, self.client, job.request.to_json())
+                status = await api.submit(job.id, self.client, await _with_images(api, job.request))
             if job.status.state == "queued" or status.ended:  # the event stream may have told newer things meanwhile
                 self._heard(api, status)
         except Unreachable:
@@ -387,6 +387,18 @@ class Session:
                 self._child.terminate()
             self._child.forget()
             self._child = None
+
+
+async def _with_images(api: Api, request: Request) -> dict[str, Any]:
+    """The request as the backend wants it, once it has the images that the request names."""
+    raw, ids = request.to_json(), {}
+    for holder, key in image_slots(raw):
+        image = holder[key]
+        if not is_image_id(image):
+            if image not in ids:
+                ids[image] = await api.send_image(image)
+            holder[key] = ids[image]
+    return raw
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Any:

@@ -171,7 +171,7 @@ def test_openapi_page_is_whole(backend: Backend) -> None:
         ("/v1/health", "get"), ("/v1/families", "get"), ("/v1/weights", "get"), ("/v1/jobs", "get"),
         ("/v1/jobs", "post"), ("/v1/jobs/{job_id}", "get"), ("/v1/jobs/{job_id}", "delete"),
         ("/v1/jobs/{job_id}/result", "get"), ("/v1/jobs/{job_id}/stats", "get"), ("/v1/events", "get"),
-        ("/v1/worker/restart", "post"), ("/v1/shutdown", "post"),
+        ("/v1/worker/restart", "post"), ("/v1/shutdown", "post"), ("/v1/images", "post"),
     }  # fmt: skip
     schemas = page["components"]["schemas"]
     assert {"JobRequest", "GenerateRequest", "JobStatus", "Health", "Error"} <= set(schemas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -36,6 +37,8 @@ def test_every_field_of_a_request_arrives() -> None:
     latents = {name: codes.tolist() for name, codes in asset.latents.items()}
     request = messages.Request(
         seed=2**53 - 1, family="capsule", truncation_psi=1, latents=latents, parameters={"single": True},
+        latent_maps={"body/photo": "a" * 64}, inversion={"steps": 0, "seconds": 2.5},
+        joint_rotations={"head": [1, 0, 0, 0]},
         prompt="tall", edits=[{"op": "remove", "parts": ["top"]}], pose="sitting", separate=True,
         grid_resolution=64, faces=500, lods=4, texture_size=4096,
         maps="color", shape_keys=["height_m"],
@@ -44,6 +47,48 @@ def test_every_field_of_a_request_arrives() -> None:
     arrived = heard.model_dump()
     for field in dataclasses.fields(request):
         assert arrived[field.name] == getattr(request, field.name), field.name
+
+
+def test_photos_arrive_as_ids_and_their_pose_is_the_default() -> None:
+    photo = {"image": "b" * 64, "mask": None, "person": 1}
+    request = messages.Request(photos=[photo, "c" * 64])
+    heard = protocol.parse_request(json.loads(json.dumps(request.to_json())))
+    assert (
+        [p.model_dump() for p in heard.photos] == request.photos == [photo, {**photo, "image": "c" * 64, "person": 0}]
+    )
+    assert heard.pose == request.pose == protocol.parse_request({"photos": [photo]}).pose == "photo"
+    assert messages.Request(photos=[photo], pose="rest").pose == "rest"
+    assert heard.inversion == protocol.Inversion()
+    assert messages.MAX_IMAGE_BYTES == protocol.MAX_IMAGE_BYTES
+
+
+def test_images_are_found_wherever_a_request_names_them(tmp_path: Path) -> None:
+    latents = {"top/shape": [[0.0]]}
+    other = {"latents": latents, "latent_maps": {"top/photo": messages.inline(b"png")}}
+    edits = [{"op": "part", "parts": ["top"], "other": other}, {"op": "mix", "other": {"seed": 1}, "amount": 0.5}]
+    raw = messages.Request(photos=[{"image": tmp_path / "a.jpg", "mask": b"mask"}], edits=edits).to_json()
+    found = [holder[key] for holder, key in messages.image_slots(raw)]
+    assert found == [str(tmp_path / "a.jpg"), messages.inline(b"mask"), messages.inline(b"png")]
+    assert not any(map(messages.is_image_id, found))
+    json.dumps(raw)
+    for number, (holder, key) in enumerate(messages.image_slots(raw)):
+        holder[key] = f"{number:064x}"
+    assert protocol.parse_request(raw).images() == [f"{number:064x}" for number in range(3)]
+    assert edits[0]["other"] is other  # the caller's own is as it was
+    assert other["latent_maps"] == {"top/photo": messages.inline(b"png")}
+
+
+def test_pieces_of_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "photo.bin"
+    path.write_bytes(bytes(range(256)) * 3)
+    for image in (str(path), messages.inline(path.read_bytes())):
+        size, *pieces = messages.image_pieces(image, 500)
+        assert (int(size), b"".join(pieces), len(pieces)) == (768, path.read_bytes(), 2)
+    for image, said in ((str(tmp_path / "none.png"), "No such file"), (str(tmp_path), "directory"),
+                        (messages.inline(b"abc") + "!", "damaged")):  # fmt: skip
+        with pytest.raises(messages.BackendError, match=said) as caught:
+            list(messages.image_pieces(image))
+        assert caught.value.code == "image_unreadable"
 
 
 @pytest.mark.parametrize("state", get_args(protocol.JobState))
