@@ -206,23 +206,24 @@ def new_person_for(crowd: bpy.types.Collection, place: bpy.types.Object, seed: i
         stage.roll_back()
         raise
     made[OWN] = True
-    place[OWN] = True
-    show(place, made, _level_of(place))
-    discard_unused(crowd)
+    give(crowd, place, made)
+    discard_idle(crowd, now)  # as many people as before, if this was the only place
     return made
 
 
 def give(crowd: bpy.types.Collection, place: bpy.types.Object, person: bpy.types.Collection) -> None:
     """Let somebody else of the crowd stand here."""
+    before = _person_of(crowd, place)
     place[OWN] = True
     show(place, person, _level_of(place))
-    discard_unused(crowd)
+    if OWN in before:  # one of the cast stays: stepping through everybody comes back to him
+        discard_idle(crowd, before)
 
 
-def discard_unused(crowd: bpy.types.Collection) -> None:
-    """Whoever was made for one placement and stands on none goes."""
-    in_use = {place[PERSON] for place in placements(crowd)}
-    discard(person for person in people(crowd) if OWN in person and person[PERSON] not in in_use)
+def discard_idle(crowd: bpy.types.Collection, person: bpy.types.Collection) -> None:
+    """Take somebody out who stands nowhere."""
+    if person in people(crowd) and all(place[PERSON] != person[PERSON] for place in placements(crowd)):
+        discard([person])
 
 
 def show(place: bpy.types.Object, person: bpy.types.Collection, level: int = 0) -> None:

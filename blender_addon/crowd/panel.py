@@ -64,8 +64,8 @@ def _draw_crowd(layout: Any, context: bpy.types.Context, made: bpy.types.Collect
         row.progress(factor=min((here + running) / max(len(persons), 1), 1.0), text=f"{here} of {len(persons)} people")
         row.operator("populace.cancel_crowd", text="", icon="X")
     else:
-        places = sum(cast.PLACEMENT in o for o in made.objects)
-        box.label(text=f"{here} people in {places} places")
+        places, own = sum(cast.PLACEMENT in o for o in made.objects), sum(cast.OWN in person for person in persons)
+        box.label(text=f"{here} people in {places} places" + (f", {own} chosen by hand" if own else ""))
         if absent:
             box.operator("populace.make_missing", text=f"Make {absent} Missing", icon="PLAY")
     row = box.row(align=True)

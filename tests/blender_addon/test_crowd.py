@@ -219,6 +219,24 @@ def test_a_new_person_for_one_placement_changes_only_that_one(layout: SimpleName
     assert [a == b for a, b in zip(before, state(layout, crowd))].count(False) <= 1
 
 
+def test_whoever_stood_nowhere_but_where_somebody_new_came_is_not_kept(layout: SimpleNamespace) -> None:
+    bpy = layout.bpy
+    crowd = make(layout, people=6, placements=6)
+    meshes, images = len(bpy.data.meshes), len(bpy.data.images)
+    for seed, chosen in enumerate(layout.crowd_cast.placements(crowd)[:2], 77):
+        bpy.ops.object.select_all(action="DESELECT")
+        chosen.select_set(True)
+        assert bpy.ops.populace.reseed_placement(seed=seed) == {"FINISHED"}
+    assert len(layout.crowd_cast.people(crowd)) == 6
+    assert (len(bpy.data.meshes), len(bpy.data.images)) == (meshes, images)
+    assert bpy.ops.populace.swap_placement() == {"FINISHED"}
+    assert len(layout.crowd_cast.people(crowd)) == 5, "made for that place alone"
+    bpy.ops.object.select_all(action="DESELECT")
+    layout.crowd_cast.placements(crowd)[3].select_set(True)
+    assert bpy.ops.populace.swap_placement() == {"FINISHED"}
+    assert len(layout.crowd_cast.people(crowd)) == 5, "one of the cast can be had back"
+
+
 def test_applying_settings_keeps_who_fits_them(layout: SimpleNamespace) -> None:
     crowd = make(layout, people=4, placements=12)
     chosen = layout.crowd_cast.placements(crowd)[2]
