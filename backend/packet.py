@@ -16,6 +16,8 @@ The packet is a safetensors file (8 bytes header length, JSON header, raw little
     rig/heads, rig/tails    f32 [J,3];  rig/parents i32 [J], parents first, the root's is -1
     rig/rotations           f32 [J,4]  only of a posed person: unit quaternions wxyz, see `poses`; with them
     rig/translation         f32 [1,3]  of the roots. The mesh itself is in rest pose all the same.
+    rig/key_heads           f32 [K,J,3] what each shape key adds to `heads`; with shape keys only, may be absent
+    rig/key_translation     f32 [K,3]  what each adds to `translation`, so that the posed person stands on y = 0
     latents/<name>          f32 [L,C]
     thumbnail.png           u8  [n]    the person in a small picture; older packets have none
 
@@ -38,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from backend.exports import corners, to_glb, to_obj
-from backend.poses import REST, Bones, place
+from backend.poses import REST, Bones, place, skin
 from backend.protocol import PopulaceError
 from backend.tensors import dump_tensors, load_tensors, write_file
 
@@ -79,6 +81,17 @@ class RigArrays:
     parents: Array
     rotations: Array | None = None  # both or none
     translation: Array | None = None
+    key_heads: Array | None = None
+    key_translation: Array | None = None  # with the rotations and key_heads
+
+    def at_key(self, k: int) -> RigArrays:
+        """The rig of the person at one shape key."""
+        if self.key_heads is None:
+            return self
+        moved = replace(self, heads=self.heads + self.key_heads[k], tails=self.tails + self.key_heads[k])
+        if self.translation is None or self.key_translation is None:
+            return moved
+        return replace(moved, translation=self.translation + self.key_translation[k])
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,24 @@ class HumanAsset:
             raise PopulaceError("invalid_request", "This person has no skeleton and cannot be posed.",
                                 'Ask for the pose "rest".')  # fmt: skip
         rotations, translation = place(name, self.skeleton, [self.parts[i] for i in self.at_lod(0)])
-        pose = (None, None) if name == REST else (rotations, translation)
-        return replace(self, rig=replace(self.rig, rotations=pose[0], translation=pose[1]))
+        if name == REST:
+            return replace(self, rig=replace(self.rig, rotations=None, translation=None, key_translation=None))
+        posed = replace(self.rig, rotations=rotations, translation=translation)
+        return replace(self, rig=replace(posed, key_translation=self._lifts(posed)))
+
+    def _lifts(self, rig: RigArrays) -> Array | None:
+        """How far each shape key lifts a person in this pose so that the soles stay on the floor, f32 [K, 3]."""
+        if rig.key_heads is None:
+            return None
+        lifts = np.zeros((len(rig.key_heads), 3), np.float32)
+        for k in range(len(lifts)):
+            turned = rig.at_key(k)
+            lifts[k, 1] = -min(
+                float(skin(p.vertices + p.shape_keys[k], p.skin_indices, p.skin_weights, turned, rig.rotations,
+                           rig.translation)[:, 1].min())
+                for p in (self.parts[i] for i in self.at_lod(0)) if p.shape_keys is not None and p.skin_indices is not None
+            )  # fmt: skip
+        return lifts
 
 
 class PacketError(PopulaceError):
@@ -154,7 +183,8 @@ def dumps(asset: HumanAsset) -> bytes:
         tensors |= {f"part/{i}/{name}": array for name, array in arrays.items() if array is not None}
     if asset.rig is not None:
         tensors |= {"rig/heads": asset.rig.heads, "rig/tails": asset.rig.tails, "rig/parents": asset.rig.parents}
-        pose = {"rig/rotations": asset.rig.rotations, "rig/translation": asset.rig.translation}
+        pose = {"rig/rotations": asset.rig.rotations, "rig/translation": asset.rig.translation,
+                "rig/key_heads": asset.rig.key_heads, "rig/key_translation": asset.rig.key_translation}  # fmt: skip
         tensors |= {name: array for name, array in pose.items() if array is not None}
     tensors |= {f"latents/{name}": codes for name, codes in asset.latents.items()}
     if asset.thumbnail_png is not None:
@@ -212,6 +242,10 @@ def _asset(tensors: dict[str, Array], metadata: dict[str, str]) -> HumanAsset:
     if not 0 < len(meta["parts"]) <= MAX_PARTS:
         raise PacketError(f"{len(meta['parts'])} parts")
     keys = meta.get("shape_keys", [])
+    if rig is not None and "rig/key_heads" in left:
+        rig = replace(rig, key_heads=_take(left, "rig/key_heads", "<f4", (len(rig.heads), 3), len(keys)))
+        if rig.rotations is not None and "rig/key_translation" in left:
+            rig = replace(rig, key_translation=_take(left, "rig/key_translation", "<f4", 3, len(keys)))
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(keys) > MAX_KEYS:
         raise PacketError("its shape keys have no names")
     if len(set(keys)) < len(keys):

@@ -3,12 +3,14 @@
 
 Every numeric attribute that moves the surface gives two, NAME_min and NAME_max. The edited person is another field; a
 vertex is carried to the same place of it and keeps its distance to the surface, to which a simplified mesh is only
-close. So the mesh stays closed, and a key of an attribute that changes nothing is exactly zero.
+close. So the mesh stays closed, and a key of an attribute that changes nothing is exactly zero. The joints of the
+edited person go with the key: who poses a person made taller by a key wants the knees where they are then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,14 @@ STEP_M = 0.02  # no longer than this, or a vertex would cross to the next finger
 CLOSE_M = 1e-5
 
 
+@dataclass(frozen=True)
+class ShapeKey:
+    """What one key adds, in person space, metres."""
+
+    moves: Sequence[Float[Tensor, "V 3"]]  # to the vertices of each mesh
+    joints: Float[Tensor, "J 3"] | None  # to the heads of the bones; None without a rig
+
+
 def make(
     names: Sequence[str],
     latents: Latents,
@@ -30,12 +40,12 @@ def make(
     made: Sequence[tuple[HumanField, TriMesh]],
     separate: bool,
     step: Step,
-) -> dict[str, list[Float[Tensor, "V 3"]]]:
-    """What each key adds to the vertices of each mesh, in person space; `checks` knows that the names exist.
+) -> dict[str, ShapeKey]:
+    """The keys by name, both ends of each attribute; `checks` knows that the names exist.
 
     Raises what `model.edit` raises.
     """
-    keys: dict[str, list[Tensor]] = {}
+    keys: dict[str, ShapeKey] = {}
     ends = [
         (f"{attribute.name}_{end}", attribute.name, value)
         for name in names
@@ -47,8 +57,17 @@ def make(
         step("shape keys", i / len(ends))
         edited = model.decode(model.edit(latents, {name: value}), separate=separate)
         others = {field.name: field for field in edited}
-        keys[key] = [carried(field, others[field.name], mesh.points) for field, mesh in made]
+        moves = [carried(field, others[field.name], mesh.points) for field, mesh in made]
+        keys[key] = ShapeKey(moves, _joints([field for field, _ in made], others))
     return keys
+
+
+def _joints(fields: Sequence[HumanField], others: Mapping[str, HumanField]) -> Float[Tensor, "J 3"] | None:
+    field = next((field for field in fields if field.rig is not None), None)
+    other = others[field.name].rig if field is not None else None
+    if field is None or field.rig is None or other is None:
+        return None
+    return other.heads - field.rig.heads
 
 
 def carried(field: HumanField, other: HumanField, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import bpy
 from bpy.app.handlers import persistent
 
-from . import scene
+from . import joints, scene
 from .packet import Human
 from .properties import person_of
 
@@ -57,6 +57,7 @@ def replace(context: bpy.types.Context, root: bpy.types.Object, human: Human, wi
     top = root
     if made.type == root.type == "ARMATURE":
         _exchange_bones(root, made)
+        joints.hand_over(made, root)
     elif made.type != root.type:
         top = _exchange_root(root, made)
         spare.append(root)
@@ -122,6 +123,9 @@ def _exchange_bones(root: bpy.types.Object, made: bpy.types.Object) -> None:
     is_own = scene.pose_mark(root) == root.populace.pose_mark
     for name in ("display_type", "show_names", "show_axes"):
         setattr(made.data, name, getattr(root.data, name))
+    for shown in made.data.collections:
+        if (mine := root.data.collections.get(shown.name)) is not None:
+            shown.is_visible = mine.is_visible
     root.data = made.data
     if is_own:
         for bone in made.pose.bones:

@@ -19,7 +19,7 @@ import bpy
 import numpy as np
 from mathutils import Quaternion, Vector
 
-from . import compat
+from . import compat, joints
 from .packet import Human, Part, Rig
 from .posing import posed
 
@@ -31,6 +31,8 @@ MIN_BONE_M: Final = 0.005  # Blender deletes bones without length
 WEIGHT_STEPS: Final = 8192  # a power of two: weights are rounded to 1/8192 and written bit by bit, one call for each
 # bit of a bone. A posed vertex is off by less than 0.1 mm; with 1/512 it was 1 mm.
 BATCH_KEY: Final = "populace_batch"
+FINGERS: Final = "Fingers"  # a collection of bones that comes hidden: fingertips of few faces are shorter than they
+_FINGER_NAMES: Final = ("thumb", "index", "middle", "ring_", "pinky")
 
 Array = np.ndarray[Any, Any]
 
@@ -96,6 +98,7 @@ def build(
         _pose(root, human.rig, units)
         root.populace.pose_mark = pose_mark(root)
     objects = build_parts(context, stage, human, root)
+    joints.follow(root, objects, human.rig, units)
     if root is None and len(objects) > 1:
         root = stage.new(bpy.data.objects, "Human", None)
         root.empty_display_size = 0.3 * units
@@ -168,16 +171,13 @@ def _part_object(
 
 
 def _add_shape_keys(made: bpy.types.Object, part: Part, pose: Rig | None, floor: float, units: float) -> None:
-    """Basis and one key per shape key of the packet, all at 0; `pose` is of a person without an armature.
-
-    Keys move the mesh alone: the bones stay those of the person at 0, so a person who is taller by a key bends at the
-    joints of the shorter one. For poses of another body the person is generated anew with that attribute.
-    """
+    """Basis and one key per shape key of the packet, all at 0; `pose` is of a person without an armature. With one,
+    `joints` lets the bones follow."""
     for name, moves in part.shape_keys.items():
         if made.data.shape_keys is None:
             made.shape_key_add(name="Basis", from_mix=False)
             made.data.shape_keys.name = made.name
-        vertices = posed(replace(part, vertices=part.vertices + moves), pose)
+        vertices = posed(replace(part, vertices=part.vertices + moves), pose and pose.at_key(name))
         key = made.shape_key_add(name=name, from_mix=False)
         key.data.foreach_set("co", to_blender(vertices, floor, units).ravel())
         key.value = 0.0
@@ -270,12 +270,24 @@ def _armature(context: bpy.types.Context, stage: Stage, rig: Rig, floor: float, 
             if parent >= 0:
                 bone.parent = bones[parent]
             bones.append(bone)
+        _collect(data, bones)
     finally:
         if made.mode == "EDIT":
             bpy.ops.object.mode_set(mode="OBJECT")
         view_layer.objects.active = was_active
         context.scene.collection.objects.unlink(made)
     return made
+
+
+def _collect(data: bpy.types.Armature, bones: list[Any]) -> None:
+    """Bones in two collections, so that the many small ones can be shown apart from the rest."""
+    fingers = [bone for bone in bones if bone.name.lower().startswith(_FINGER_NAMES)]
+    if not fingers or len(fingers) == len(bones):
+        return
+    body, hidden = data.collections.new("Body"), data.collections.new(FINGERS)
+    hidden.is_visible = False
+    for bone in bones:
+        (hidden if bone in fingers else body).assign(bone)
 
 
 def _pose(armature: bpy.types.Object, rig: Rig, units: float) -> None:

@@ -133,6 +133,84 @@ def test_shape_keys_are_blenders_and_stand_at_zero(addon: SimpleNamespace, with_
         assert [m.type for m in body.modifiers] == ["ARMATURE"]
 
 
+KEY_HEADS = np.float32([[(0, 0, 0), (0.02, -0.5, 0.1), (0.1, -0.9, 0)], [(0, 0, 0), (0.2, 0, 0.1), (0, 0.1, 0)]])
+LIFTS = np.float32([(0, 0.25, 0), (0, -0.125, 0)])
+
+
+def jointed(rings: int = 6) -> bytes:
+    """A posed person of two garments and two levels of detail, whose joints go with the keys."""
+    balls = [making.ball(n) for n in (rings, rings, 4, 4)]
+    moves = [np.stack([b["vertices"] * np.float32([0, -0.5, 0]), 0.1 * b["normals"]]) for b in balls]
+    meta = {**making.meta(4), "shape_keys": ["height_m_min", "weight_max"]}
+    meta["parts"] = [{"name": "body"}, {"name": "top"},
+                     {"name": "body_LOD1", "lod": 1}, {"name": "top_LOD1", "lod": 1}]  # fmt: skip
+    arrays = making.tensors([b | {"shape_keys": m} for b, m in zip(balls, moves)], posed=True)
+    return making.pack(arrays | {"rig/key_heads": KEY_HEADS, "rig/key_translation": LIFTS}, meta)
+
+
+def test_bones_garments_and_levels_follow_the_shape_keys(addon: SimpleNamespace) -> None:
+    """Every mesh stands at any value of the first one's keys as the skinning of that body with its own joints says, in
+    any scene units; a bone that is turned later turns about the joint as well; the bones' channels are the user's."""
+    for scale in (1.0, 0.01):
+        addon.bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+        addon.bpy.context.scene.unit_settings.scale_length = scale
+        human = addon.packet.read(jointed())
+        root = insert(addon, jointed())
+        parts = {part.name: part for part in human.parts}
+        bodies = {child.populace.part: child for child in root.children}
+        for child in bodies.values():
+            child.hide_viewport = False  # else it is not evaluated
+        keys = bodies["body"].data.shape_keys.key_blocks
+        moved_later = root.pose.bones["head"]
+        assert all(bone.location.length == 0 for bone in root.pose.bones if bone.parent is not None)
+        for tall, thick in ((0, 0), (0.5, 0), (1, 0), (0.3, 0.8)):
+            keys["height_m_min"].value, keys["weight_max"].value = tall, thick
+            addon.bpy.context.view_layer.update()
+            amounts = np.float32([tall, thick])
+            rig = replace(human.rig, heads=human.rig.heads + np.einsum("k,kji->ji", amounts, KEY_HEADS),
+                          translation=human.rig.translation + amounts @ LIFTS)  # fmt: skip
+            for name, body in bodies.items():
+                moves = np.einsum("k,kvi->vi", amounts, np.stack(list(parts[name].shape_keys.values())))
+                x, y, z = addon.posing.posed(replace(parts[name], vertices=parts[name].vertices + moves), rig).T
+                wanted = np.stack([x, -z, y], 1) / scale
+                assert np.abs(evaluated(addon, body) - wanted).max() < 3e-4 / scale, (name, tall, thick)
+        keys["height_m_min"].value, keys["weight_max"].value = 1, 0
+        rotations = human.rig.rotations.copy()
+        rotations[2] = 1, 0, 0, 0
+        moved_later.rotation_quaternion = 1, 0, 0, 0
+        addon.bpy.context.view_layer.update()
+        rig = replace(human.rig.at_key("height_m_min"), rotations=rotations)
+        part = replace(parts["body"], vertices=parts["body"].vertices + parts["body"].shape_keys["height_m_min"])
+        x, y, z = addon.posing.posed(part, rig).T
+        assert np.abs(evaluated(addon, bodies["body"]) - np.stack([x, -z, y], 1) / scale).max() < 3e-4 / scale
+    drivers = root.animation_data.drivers
+    assert all(curve.driver.is_valid and curve.driver.is_simple_expression for curve in drivers)
+
+
+def test_joints_of_a_replaced_person_are_the_new_ones(addon: SimpleNamespace) -> None:
+    """Edits exchange meshes and bones of the same objects; nothing follows the old keys, and without keys nothing is
+    left of it."""
+    root = insert(addon, jointed())
+    before = {curve.data_path for curve in root.animation_data.drivers}
+    addon.replacing.replace(addon.bpy.context, root, addon.packet.read(jointed(8)), True)
+    assert {curve.data_path for curve in root.animation_data.drivers} == before
+    leader = next(c for c in root.children if c.populace.part == "body").data.shape_keys
+    used = [v for curve in root.animation_data.drivers for v in curve.driver.variables]
+    assert {target.id for variable in used for target in variable.targets} == {leader}
+    assert [len(bone.constraints) for bone in root.pose.bones] == [0, 1, 1], "the first joint does not move"
+    body = next(c for c in root.children if c.populace.part == "body")
+    body.data.shape_keys.key_blocks["height_m_min"].value = 1.0
+    human = addon.packet.read(jointed(8))
+    part = replace(human.parts[0], vertices=human.parts[0].vertices + human.parts[0].shape_keys["height_m_min"])
+    x, y, z = addon.posing.posed(part, human.rig.at_key("height_m_min")).T
+    addon.bpy.context.view_layer.update()
+    assert np.abs(evaluated(addon, body) - np.stack([x, -z, y], 1)).max() < 3e-4
+    addon.replacing.replace(addon.bpy.context, root, addon.packet.read(making.packet()), True)
+    assert not list(root.animation_data.drivers)
+    assert not any(bone.constraints for bone in root.pose.bones)
+    assert root.delta_location.length == 0
+
+
 def test_feet_stand_at_the_cursor_in_the_scenes_units(addon: SimpleNamespace) -> None:
     addon.bpy.context.scene.unit_settings.scale_length = 0.01  # centimetres
     part = making.ball()

@@ -64,11 +64,12 @@ def asset() -> HumanAsset:
 
 def posed_asset() -> HumanAsset:
     """The head nods by 90 degrees (about +x) and looks to the left (then about +y), everything stands 0.25 m higher;
-    a second level of detail has one part with nothing but a colour map."""
+    shape keys move the joints; a second level of detail has one part with nothing but a colour map."""
     made = asset()
     assert made.rig is not None
     rig = replace(made.rig, rotations=np.float32([(1, 0, 0, 0), (0.5, 0.5, 0.5, -0.5)]),
-                  translation=np.float32([(0, 0.25, 0)]))  # fmt: skip
+                  translation=np.float32([(0, 0.25, 0)]), key_translation=np.float32([(0, -0.0625, 0), (0, 0.125, 0)]),
+                  key_heads=np.float32([[(0, 0, 0), (0, -0.125, 0)], [(0, 0, 0), (0, 0.25, 0)]]))  # fmt: skip
     facts = {"faces": 4, "vertices": 4, "closed": True, "components": 1, "lod": 1}
     meta = {**made.meta, "parts": [*made.meta["parts"], {"name": "human_LOD1", **facts}]}
     coarse = replace(tetrahedron((0, 0, 0), True), normal_png=None, orm_png=None)
