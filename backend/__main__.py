@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
     from backend.training import renders_command
 
-    pictures = command("renders", renders_command.run, "render people or meshes into a folder that train --renders reads")
+    pictures = command("renders", renders_command.run, "render people or meshes into a folder for train --renders")
     renders_command.add_options(pictures)
     return parser
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """`populace train`: fit, then adversarial, then super-resolution; every stage goes from weights to weights.
 
-The run folder holds one weights file per finished stage (`fit.safetensors`, ...) and one folder per adversarial stage
-with its checkpoint, log and sample sheets. A stage starts from the last finished one before it, or from the weights
-that ship with this version. With torchrun, every process takes its share of the batch.
+That is the people family; GET3D and Get3DHuman learn from folders of renders, see `from_renders`. The run folder holds
+one weights file per finished stage (`fit.safetensors`, ...) and one folder per adversarial stage with its checkpoint,
+log and sample sheets. A stage starts from the last finished one before it, or from the weights that ship with this
+version. With torchrun, every process takes its share of the batch.
 """
 
 from __future__ import annotations
@@ -26,19 +27,28 @@ if TYPE_CHECKING:
     from backend.families.people.model import PeopleModel
     from backend.training.loop import World
 
+FAMILIES = ("people", "get3d", "get3dhuman")
 STAGES = ("fit", "adversarial", "superres")
+HUMAN_STAGES = ("teacher", "shape", "texture", "refine")
 SHARES = {"adversarial": 2 / 3, "superres": 1 / 3}  # of the minutes, when both are asked for
 
 log = logging.getLogger(__name__)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kit", type=Path, required=True, help="a MakeHuman or MPFB data folder")
-    parser.add_argument("--resume", type=Path, required=True, metavar="DIR", help="run folder, made or continued")
+    parser.add_argument("--family", choices=FAMILIES, default="people", help="default: people")
+    parser.add_argument("--kit", type=Path, help="a MakeHuman or MPFB data folder, for people")
+    parser.add_argument("--renders", type=Path, metavar="DIR", help="a folder that populace renders wrote, for others")
+    parser.add_argument("--resume", "--out", type=Path, required=True, metavar="DIR",
+                        help="run folder, made or continued")  # fmt: skip
+    parser.add_argument("--resolution", type=positive, help="shrink the renders to so many pixels (default: as are)")
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="small",
                         help="tiny: for tests; small: two CPU cores; base: a GPU (default: small)")  # fmt: skip
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="fit", help="default: fit")
-    parser.add_argument("--minutes", type=float, default=60, help="for the adversarial stages (default: 60)")
+    parser.add_argument("--stage", choices=(*STAGES, *HUMAN_STAGES, "all"),
+                        help="of people (default: fit), or of get3dhuman: teacher, shape, texture, refine "
+                        "(default: all)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=60,
+                        help="for all stages but fit together, of this session (default: 60)")  # fmt: skip
     parser.add_argument("--max-steps", type=positive, help="of each adversarial stage, over all sessions")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--export", type=Path, metavar="FILE", help="copy the weights of the last stage here")
@@ -48,10 +58,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 130 when interrupted; raises PopulaceError."""
-    if not args.kit.is_dir():
-        raise PopulaceError(
-            "invalid_request", f"There is no folder {args.kit}.", "--kit wants a MakeHuman data folder."
-        )
+    if not args.minutes > 0:
+        raise PopulaceError("invalid_request", f"--minutes {args.minutes:g}: there must be some.", "See --help.")
+    if args.family == "people" and (args.kit is None or not args.kit.is_dir()):
+        what = "People are trained on a kit." if args.kit is None else f"There is no folder {args.kit}."
+        raise PopulaceError("invalid_request", what, "--kit wants a MakeHuman data folder.")
+    if args.family != "people" and args.renders is None:
+        raise PopulaceError("invalid_request", f"{args.family} is trained on renders.",
+                            "Make some with populace renders and name the folder: --renders FOLDER.")  # fmt: skip
+    known = {"people": STAGES, "get3d": (), "get3dhuman": HUMAN_STAGES}[args.family]
+    if args.stage not in (None, "all", *known):
+        raise PopulaceError("invalid_request", f"{args.family} has no stage {args.stage!r}.",
+                            f"It has: {', '.join(known) or 'one, without a name'}.")  # fmt: skip
     logging.getLogger("backend.training").setLevel(logging.INFO)
     import torch
 
@@ -61,7 +79,12 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
     world = World.join(device)
-    stages = STAGES if args.stage == "all" else (args.stage,)
+    if args.family != "people":
+        from backend.training import from_renders
+
+        train = from_renders.get3d if args.family == "get3d" else from_renders.get3dhuman
+        return train(args, device, world)
+    stages = STAGES if args.stage == "all" else (args.stage or "fit",)
     asked = sum(SHARES.get(s, 0) for s in stages)
     for stage in stages:
         done = args.resume / f"{stage}.safetensors"

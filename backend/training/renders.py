@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Renders:
     lens: Lens
     depth_unit: float  # of a depth picture's numbers; 0 without such pictures
     items: tuple[Item, ...]
+    shrunk: int = 1  # pictures come so many times smaller than their files; depth and normals do not
     _kept: dict[str, Pixels] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -95,8 +96,14 @@ class Renders:
 
     def part(self, held_out: bool) -> Renders:
         """The items kept from training, or all others."""
-        return Renders(self.folder, self.size, self.lens, self.depth_unit,
-                       tuple(i for i in self.items if i.held_out == held_out), self._kept)  # fmt: skip
+        return replace(self, items=tuple(i for i in self.items if i.held_out == held_out))
+
+    def smaller(self, size: int) -> Renders:
+        """The pictures at `size` pixels, means of whole blocks. Raises PopulaceError("invalid_request")."""
+        if size < 16 or self.size % size:
+            raise _wrong(f"Pictures of {self.size} pixels do not shrink to {size}",
+                         f"Choose {self.size} divided by 2, 4, 8, ...; 16 at least.")  # fmt: skip
+        return replace(self, size=size, shrunk=self.size // size, _kept={})
 
     def rgba(self, view: View) -> UInt8[Pixels, "S S 4"]:
         """Straight sRGB and coverage."""
@@ -114,7 +121,9 @@ class Renders:
         name = view.file(kind)
         if name in self._kept:
             return self._kept[name]
-        pixels = check(self.folder / name, name, self.size)
+        pixels = check(self.folder / name, name, self.size * self.shrunk)
+        if self.shrunk > 1:
+            pixels = _block_means(pixels, self.shrunk)
         if len(self._kept) < REMEMBERED // (4 * self.size**2):
             self._kept[name] = pixels
         return pixels
@@ -157,8 +166,10 @@ def _index(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads((folder / INDEX).read_text("utf-8"))
     except FileNotFoundError:
-        raise _wrong(f"{folder} has pictures without cameras: there is no {INDEX}",
-                     "backend/training/README.md says what it holds; populace renders writes one.") from None  # fmt: skip
+        raise _wrong(
+            f"{folder} has pictures without cameras: there is no {INDEX}",
+            "backend/training/README.md says what it holds; populace renders writes one.",
+        ) from None
     except (OSError, ValueError) as error:
         raise _wrong(f"{folder / INDEX} cannot be read: {error}", "Write the folder again.") from None
     if not isinstance(raw, dict) or raw.get("layout") != LAYOUT:
@@ -248,6 +259,14 @@ def _rgba(path: Path, name: str, size: int) -> Pixels:
     if high == 0:
         raise _wrong(f"{name} is empty: nothing in it is opaque", "Its camera looks past the object.")
     return pixels
+
+
+def _block_means(rgba: Pixels, side: int) -> Pixels:
+    """Coverage is the mean, colour the mean of what is covered."""
+    blocks = rgba.reshape(rgba.shape[0] // side, side, -1, side, 4).astype(np.float32)
+    alpha = blocks[..., 3:].mean((1, 3))
+    color = (blocks[..., :3] * blocks[..., 3:]).mean((1, 3)) / np.maximum(alpha, 1e-3)
+    return np.rint(np.concatenate([color, alpha], 2)).clip(0, 255).astype(np.uint8)
 
 
 def _depth(path: Path, name: str, size: int) -> Pixels:

@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--kit", type=Path, help="people sampled from this MakeHuman or MPFB data folder")
     source.add_argument("--meshes", type=Path, metavar="DIR",
-                        help="meshes of your own (GLB, glTF, OBJ, FBX, PLY, STL), rendered by a headless Blender")  # fmt: skip
+                        help="meshes of your own (GLB, glTF, OBJ, FBX, PLY, STL), rendered by Blender")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--for", dest="purpose", choices=PURPOSES, default="get3d", help="default: get3d")
     parser.add_argument("--count", type=positive, default=500, help="sampled people (default: 500)")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How folders of renders look at things, and people of a kit rendered into them.
 
-    get3d       perspective pictures from a sphere around the object, as published: 49.1 degrees, radius 1.2, azimuth
-                all around, elevation 0 to 20 degrees for people; the longest side is 0.9
-    get3dhuman  orthographic pictures from the four sides, with depth and normals, in metres, framed as its feature
-                pictures are
+get3d       perspective pictures from a sphere around the object, as published: 49.1 degrees, radius 1.2, azimuth
+            all around, elevation 0 to 20 degrees for people; the longest side is 0.9
+get3dhuman  orthographic pictures from the four sides, with depth and normals, in metres, framed as its feature
+            pictures are
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def sampled(
     from backend.training.views import training_seeds
 
     if not kit.is_dir():
-        raise PopulaceError(
-            "invalid_request", f"There is no folder {kit}.", "--kit wants a MakeHuman data folder."
-        )
+        raise PopulaceError("invalid_request", f"There is no folder {kit}.", "--kit wants a MakeHuman data folder.")
     writer = Writer(folder, framing.size, framing.lens, framing.purpose == "get3dhuman")
     shoot = functools.partial(_shoot, str(kit), framing, seed, lit)
     people = training_seeds(count, seed)
