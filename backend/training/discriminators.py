@@ -15,23 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backend.networks.stylegan2 import EqualLinear, leaky_relu
+
 GROUP = 4  # pictures that share one minibatch standard deviation
 VIEW_FREQUENCIES = (1, 2, 4)
 KINDS = ("body", "head")  # framings of a picture
-
-
-class EqualLinear(nn.Module):
-    """y = x W^T / sqrt(in) + b."""
-
-    def __init__(self, inputs: int, outputs: int, activate: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.activate = activate
-
-    def forward(self, x: Float[Tensor, "B I"]) -> Float[Tensor, "B O"]:
-        y = functional.linear(x, self.weight.to(x.dtype) / math.sqrt(self.weight.shape[1]), self.bias.to(x.dtype))
-        return activation(y) if self.activate else y
 
 
 class EqualConv(nn.Module):
@@ -52,12 +40,7 @@ class EqualConv(nn.Module):
         convolve = functional.conv2d if x.ndim == 4 else functional.conv3d
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = convolve(x, weight, bias, padding=self.weight.shape[2] // 2)
-        return y if self.bias is None else activation(y)
-
-
-def activation(x: Tensor) -> Tensor:
-    """Leaky rectifier that keeps the variance."""
-    return functional.leaky_relu(x, 0.2) * math.sqrt(2)
+        return y if self.bias is None else leaky_relu(y)
 
 
 def halve(x: Tensor) -> Tensor:

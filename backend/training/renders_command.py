@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=positive, default=24, help="pictures of each, for get3d (default: 24)")
     parser.add_argument("--size", type=positive, default=512, help="pixels along a side (default: 512)")
     parser.add_argument("--seed", type=seed, default=0, help="of the cameras, and which people (default: 0)")
+    parser.add_argument("--height", type=float, metavar="M", help="make every mesh so high, for get3dhuman")
     parser.add_argument("--lit", action="store_true", help="shaded by a studio's light instead of flat colours")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
 
@@ -33,14 +34,16 @@ def run(args: argparse.Namespace) -> None:
     if not 16 <= args.size <= 4096 or args.size & (args.size - 1):
         raise PopulaceError("invalid_request", f"--size {args.size}: pictures have 16, 32, 64, ... 4096 pixels.", "")
     from backend.progress import Progress
-    from backend.training.renders_kit import Framing, sampled
 
-    framing = Framing(args.purpose, args.size, args.views)
     with Progress() as progress:
         progress.show("starting", 0)
         if args.meshes is not None:
             from backend.training import renders_meshes
 
-            renders_meshes.run(args.meshes, args.out, framing, args.seed, args.lit, progress)
+            renders_meshes.run(args.meshes, args.out, args.purpose, args.views, args.size, args.seed, args.lit,
+                               args.height, progress)  # fmt: skip
         else:
+            from backend.training.renders_kit import Framing, sampled
+
+            framing = Framing(args.purpose, args.size, args.views)
             sampled(args.kit, args.out, framing, args.count, args.seed, args.lit, args.workers, progress)

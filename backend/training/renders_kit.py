@@ -24,15 +24,9 @@ from scipy.special import ndtri
 from backend.progress import Progress
 from backend.protocol import PopulaceError
 from backend.training.renders import Item, Lens, Pixels, Writer
+from backend.training.renders_blender import AWAY_M, LONGEST, cameras, lens
 
 Purpose = Literal["get3d", "get3dhuman"]
-FOV = 2 * math.atan(16 / 35)  # a 35 mm lens before a 32 mm sensor
-RADIUS = 1.2
-LONGEST = 0.9  # side of an object's box, in units
-ELEVATION = (0.0, math.radians(20.0))
-SIDES = 4  # views of Get3DHuman's people
-HALF_M, CENTRE_M = 1.07789, 0.95  # of the feature pictures' frame: see `families.get3dhuman.config`
-AWAY_M = 2.0  # distance of orthographic cameras
 
 
 @dataclass(frozen=True)
@@ -45,30 +39,12 @@ class Framing:
 
     @property
     def lens(self) -> Lens:
-        if self.purpose == "get3d":
-            return Lens(fov_y=FOV)
-        # the outermost pixels' centres lie on the frame, as the networks read their pictures
-        return Lens(half_height=HALF_M * self.size / (self.size - 1))
+        found = lens(self.purpose, self.size)
+        return Lens(found.get("fov_y_rad"), found.get("half_height", 0.0))
 
     def cameras(self, key: Sequence[int]) -> dict[str, Pixels]:
         """c2w by view, a function of the key; around the origin, or in metres around a standing person."""
-        rng = np.random.default_rng(key)
-        if self.purpose == "get3d":
-            angles = zip(rng.uniform(0, 2 * math.pi, self.views), rng.uniform(*ELEVATION, self.views))
-            return {f"{i:02d}": looking_at(np.zeros(3), a, e, RADIUS) for i, (a, e) in enumerate(angles)}
-        centre = np.array([0.0, CENTRE_M, 0.0])
-        return {f"{i:02d}": looking_at(centre, 2 * math.pi * i / SIDES, 0.0, AWAY_M) for i in range(SIDES)}
-
-
-def looking_at(target: Pixels, azimuth: float, elevation: float, distance: float) -> Pixels:
-    """c2w f64 [4, 4]; azimuth 0 is in front (+Z), pi/2 at +X; radians."""
-    back = np.array([math.sin(azimuth) * math.cos(elevation), math.sin(elevation),
-                     math.cos(azimuth) * math.cos(elevation)])  # fmt: skip
-    right = np.cross([0.0, 1.0, 0.0], back)
-    right /= np.linalg.norm(right)
-    c2w = np.eye(4)
-    c2w[:3] = np.stack([right, np.cross(back, right), back, target + distance * back], 1)
-    return c2w
+        return cameras(self.purpose, self.views, key)
 
 
 # --- people of a kit --------------------------------------------------------------------------------------------------
@@ -130,17 +106,17 @@ def _shoot(kit: str, framing: Framing, seed: int, lit: bool, person: int):
     from backend.training.sampler import render_person
 
     one = _sampler(kit).person(person)
-    cameras = framing.cameras([seed, person, 12])
+    placed = framing.cameras([seed, person, 12])
     unit, centre = 1.0, np.zeros(3)
     if framing.purpose == "get3d":
         low, high = one.bounds.astype(np.float64)
         unit, centre = float((high - low).max() / LONGEST), (low + high) / 2
-    stacked = np.stack(list(cameras.values())).copy()
+    stacked = np.stack(list(placed.values()))
     stacked[:, :3, 3] = stacked[:, :3, 3] * unit + centre
-    lens, count = framing.lens, len(stacked)
+    through, count = framing.lens, len(stacked)
     matrix = (
-        orthographic(lens.half_height, 1.0, 0.1, 2 * AWAY_M) if lens.fov_y is None
-        else perspective(lens.fov_y, 1.0, 0.1 * unit, 10.0 * unit)
+        orthographic(through.half_height, 1.0, 0.1, 2 * AWAY_M) if through.fov_y is None
+        else perspective(through.fov_y, 1.0, 0.1 * unit, 10.0 * unit)
     )  # fmt: skip
     seen = render_person(one, Camera(torch.from_numpy(stacked).float(), matrix.expand(count, 4, 4)),
                          (framing.size, framing.size), 2, lit, (0.0, 0.0, 0.0))  # fmt: skip
@@ -149,8 +125,8 @@ def _shoot(kit: str, framing: Framing, seed: int, lit: bool, person: int):
     rgba = (torch.cat([straight, seen.mask[..., None]], 3) * 255 + 0.5).to(torch.uint8).numpy()
     maps = framing.purpose == "get3dhuman"
     pictures = {name: (rgba[i], seen.depth[i].numpy() if maps else None, seen.normal[i].numpy() if maps else None)
-                for i, name in enumerate(cameras)}  # fmt: skip
-    return Item(f"person_{person:07d}", cameras, unit), dict(one.attributes), pictures
+                for i, name in enumerate(placed)}  # fmt: skip
+    return Item(f"person_{person:07d}", placed, unit), dict(one.attributes), pictures
 
 
 def codes(facts: Sequence[Mapping[str, Any]]) -> list[list[float]]:

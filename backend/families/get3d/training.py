@@ -38,7 +38,7 @@ from backend.training import checkpoint
 from backend.training.discriminators import discriminator_loss, generator_loss, r1_penalty
 from backend.training.loop import Phase
 from backend.training.renders import Renders
-from backend.training.renders_kit import looking_at
+from backend.training.renders_blender import looking_at
 
 NEAR, FAR = 0.1, 1000.0
 MEAN_DECAY = 0.998  # of the mean w
