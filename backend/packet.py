@@ -151,13 +151,12 @@ class HumanAsset:
         if rig.key_heads is None:
             return None
         lifts = np.zeros((len(rig.key_heads), 3), np.float32)
+        skinned = [p for p in (self.parts[i] for i in self.at_lod(0)) if p.skin_indices is not None]
         for k in range(len(lifts)):
-            turned = rig.at_key(k)
-            lifts[k, 1] = -min(
-                float(skin(p.vertices + p.shape_keys[k], p.skin_indices, p.skin_weights, turned, rig.rotations,
-                           rig.translation)[:, 1].min())
-                for p in (self.parts[i] for i in self.at_lod(0)) if p.shape_keys is not None and p.skin_indices is not None
-            )  # fmt: skip
+            pose = (rig.at_key(k), rig.rotations, rig.translation)
+            moved = [(p.vertices + p.shape_keys[k], p) for p in skinned if p.shape_keys is not None]
+            lows = [skin(points, p.skin_indices, p.skin_weights, *pose)[:, 1].min() for points, p in moved]
+            lifts[k, 1] = -min(lows, default=0.0)
         return lifts
 
 
