@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 from scipy.sparse import coo_array, csgraph
 
-from backend import __version__, shape_keys
+from backend import __version__, families, shape_keys
 from backend.edits import choose_latents, words_ignored
 from backend.families.base import FamilyModel, HumanField, Latents, Step, no_step
 from backend.geometry.bake import bake
@@ -58,7 +60,8 @@ def generate(
     with clock.stage("sample"):
         latents = choose_latents(request, model)
     with clock.stage("decode"):
-        fields = model.decode(latents, separate=request.separate)
+        chosen = families.of_decoding(request.family, request.parameters) if request.parameters else {}
+        fields = model.decode(latents, separate=request.separate, **chosen)
     clock.parts, clock.lods = len(fields), request.lods
     pieces = PIECE if request.separate else 1.0
     fine = []
@@ -110,7 +113,8 @@ def texture_size(request: GenerateRequest, lod: int) -> int:
 
 def _surface(field: HumanField, request: GenerateRequest, step: Step) -> TriMesh:
     try:
-        return extract_surface(field, request.grid_resolution, step)
+        own = getattr(field, "extract", None)
+        return (own or partial(extract_surface, field))(request.grid_resolution, step)
     except PopulaceError as error:
         if error.code != "empty_surface":
             raise
