@@ -103,8 +103,14 @@ def _color(a: Attribute) -> dict[str, Any]:
             "description": f"{a.title}, as on the screen"}  # fmt: skip
 
 
+def choice_label(a: Attribute, name: str) -> str:
+    """Short, as it stands beside the attribute's title: leather shoes are Leather among the shoes."""
+    words = name.replace("_", " ").split()
+    return " ".join([word for word in words if word != a.name] or words).capitalize()
+
+
 def _choice(a: Attribute) -> dict[str, Any]:
-    items = [(name, name.replace("_", " ").capitalize(), "") for name in a.choices or ("none",)]
+    items = [(name, choice_label(a, name), name.replace("_", " ").capitalize()) for name in a.choices or ("none",)]
     return {"name": a.title, "description": f"{a.title}, by name", "items": items}
 
 
@@ -172,7 +178,7 @@ class PopulaceTools(bpy.types.PropertyGroup):
         min=0.0, max=1.0, precision=2, get=_mix, set=_want_mix)  # fmt: skip
     variation: FloatProperty(
         name="Strength", description="How far the variants are from this person: 0 the same, 1 strangers", min=0.0,
-        max=1.0, default=0.3, precision=2)  # fmt: skip
+        max=1.0, default=editing.VARIATION, precision=2)  # fmt: skip
     words: bpy.props.StringProperty(
         name="Words", description="What to change, in plain English, such as: older, red shirt, no hat")  # fmt: skip
     show_wishes: BoolProperty(name="Attributes", description="Show all attributes of the family, to ask for some")

@@ -33,11 +33,16 @@ class _Edit(Action):
     def edits(self, root: bpy.types.Object) -> editing.Edits:
         raise NotImplementedError
 
+    @property
+    def done(self) -> str:
+        """What the history says was done: a word or two, since it stands below a small picture."""
+        return self.bl_label
+
     def work(self, context: bpy.types.Context) -> Work:
         root = active_human(context)
         editing.clear_sheet()
         request = editing.request(root, self.edits(root))
-        return [(request, editing.target(root, self.bl_label))]
+        return [(request, editing.target(root, self.done))]
 
     def gather(self, context: bpy.types.Context) -> None:
         if getattr(self, "seed", 0) == ANY_SEED:
@@ -53,6 +58,7 @@ class POPULACE_OT_set_attributes(_Edit, bpy.types.Operator):
 
     bl_idname = "populace.set_attributes"
     bl_label = "Set Attributes"
+    done = "Attributes"
 
     values: StringProperty(name="Values", description='JSON, such as {"height_m": 1.8, "top_color": [0.1, 0.2, 0.5]}',
                            options={"SKIP_SAVE"})  # fmt: skip
@@ -73,6 +79,7 @@ class POPULACE_OT_change_by_words(_Edit, bpy.types.Operator):
 
     bl_idname = "populace.change_by_words"
     bl_label = "Change by Words"
+    done = "Words"
 
     text: StringProperty(name="Words", description="Such as: older, red shirt, no hat", maxlen=1000,
                          options={"SKIP_SAVE"})  # fmt: skip
@@ -117,6 +124,10 @@ class POPULACE_OT_swap_part(_Edit, bpy.types.Operator):
     def poll(cls, context: bpy.types.Context) -> bool:
         return has_two(cls, context)
 
+    @property
+    def done(self) -> str:
+        return f"Other {self.part}"
+
     def gather(self, context: bpy.types.Context) -> None:
         self.other = other_human(context).populace.uuid
 
@@ -144,7 +155,7 @@ class POPULACE_OT_vary(_Edit, bpy.types.Operator):
 
     seed: _seed()
     amount: FloatProperty(name="Strength", description="0 the same person, 1 a stranger", min=0.0, max=1.0,
-                          default=0.3, options={"SKIP_SAVE"})  # fmt: skip
+                          default=editing.VARIATION, options={"SKIP_SAVE"})  # fmt: skip
     part: _part()
 
     def edits(self, root: bpy.types.Object) -> editing.Edits:
@@ -267,7 +278,8 @@ class POPULACE_OT_make_variants(bpy.types.Operator):
     bl_label = "Show Variants"
 
     seed: _seed()
-    amount: FloatProperty(name="Strength", description="0 the same person, 1 strangers", min=0.0, max=1.0, default=0.3)
+    amount: FloatProperty(name="Strength", description="0 the same person, 1 strangers", min=0.0, max=1.0,
+                          default=editing.VARIATION)  # fmt: skip
     part: _part()
 
     @classmethod

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, Final
 
 import bpy
 from bpy.app.translations import pgettext_iface as iface
 
-from . import attributes, editing, history, recipes, tasks, thumbnails
+from . import attributes, editing, history, recipes, scene, tasks, thumbnails
 from .families import Attribute, Family
 from .packet import recipe_latents
 from .panel import _Panel, _safe, _wrapped, draw_output, split
@@ -17,6 +18,8 @@ from .properties import active_human, other_human
 
 COLUMNS: Final = 3  # of pictures
 PICTURE: Final = 4.2  # size of one, in rows of text
+NAME: Final = 0.37  # share of a part's name in its row: "Accessory" fits
+SWATCH: Final = 1.0  # width of a part's colour
 
 
 class _Human(_Panel):
@@ -62,6 +65,9 @@ class POPULACE_PT_human(_Human, bpy.types.Panel):
         buttons.operator_menu_enum("populace.copy_python", "what", text="", icon="CONSOLE")
         if root.type == "ARMATURE":  # hidden in the body at first: most people look better without lines on them
             buttons.prop(root, "show_in_front", text="", icon="BONE_DATA", toggle=True)
+            fingers = root.data.collections.get(scene.FINGERS)
+            if fingers is not None:
+                buttons.prop(fingers, "is_visible", text="", icon="VIEW_PAN", toggle=True)
         _draw_remarks(layout, context, root)
         if _family(root) is None:
             return
@@ -101,6 +107,9 @@ class POPULACE_PT_parts(_Section, bpy.types.Panel):
         row = self.layout.row(align=True)
         row.operator("populace.reroll", text="Re-roll All", icon="FILE_REFRESH")
         row.operator("populace.reroll", text="New Looks", icon="TEXTURE").kinds = "TEX"
+        other = other_human(context)
+        if other is not None and other.populace.family == root.populace.family:
+            _draw_swaps(self.layout, family, root, other)
 
 
 class POPULACE_PT_variants(_Section, bpy.types.Panel):
@@ -271,24 +280,32 @@ def _draw_part(layout: Any, context: bpy.types.Context, family: Family, part: st
     row = layout.row(align=True)
     lock = row.operator("populace.lock_part", text="", icon="LOCKED" if is_locked else "UNLOCKED", emboss=False)
     lock.part = part
-    name = row.split(factor=0.34, align=True)
+    name = row.split(factor=NAME, align=True)
     name.label(text=part.capitalize())
     value, color = name.row(align=True), f"{part}_color"
     if group is not None and family.attribute(part) is not None:
         value.prop(group, part, text="")
     if group is not None and family.attribute(color) is not None and color in known and is_worn:
         swatch = value.row(align=True)
-        swatch.ui_units_x = 1.6
+        swatch.ui_units_x = SWATCH
         swatch.prop(group, color, text="")
     row.operator("populace.reroll", text="", icon="FILE_REFRESH").part = part
     looks = row.row(align=True)
     looks.enabled = is_worn
     button = looks.operator("populace.reroll", text="", icon="TEXTURE")
     button.part, button.kinds = part, "TEX"
-    if other_human(context) is not None:
-        row.operator("populace.swap_part", text="", icon="ARROW_LEFTRIGHT").part = part
     if is_worn and part != family.parts[0] and family.attribute(part) is None:  # elsewhere there is "None" to choose
         row.operator("populace.remove_part", text="", icon="X").part = part
+
+
+def _draw_swaps(layout: Any, family: Family, root: bpy.types.Object, other: bpy.types.Object) -> None:
+    """A button for each part that one of the two wears."""
+    column = layout.column(align=True)
+    column.label(text=iface("Take from {name}").format(name=other.name), icon="ARROW_LEFTRIGHT", translate=False)
+    grid = column.grid_flow(row_major=True, columns=COLUMNS, even_columns=True, align=True)
+    for part in _parts(family, _worn(root) | _worn(other)):
+        if part in _worn(root) or part in _worn(other):
+            grid.operator("populace.swap_part", text=part.capitalize()).part = part
 
 
 def _parts(family: Family, worn: set[str]) -> list[str]:
@@ -306,19 +323,18 @@ def _part_of(attribute: Attribute, family: Family) -> str | None:
 
 
 def _worn(root: bpy.types.Object) -> set[str]:
-    """Parts that this person has; read from the stored codes, once per recipe."""
-    global _worn_parts
-    recipe = root.populace.recipe
-    if _worn_parts[0] != recipe:
-        try:
-            names = recipe_latents(json.loads(recipe))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            names = {}
-        _worn_parts = (recipe, {name.partition("/")[0] for name in names})
-    return _worn_parts[1]
+    """Parts that this person has."""
+    return set(_worn_in(root.populace.recipe))
 
 
-_worn_parts: tuple[str, set[str]] = ("", set())
+@functools.lru_cache(maxsize=4)  # the active person's and another one's, drawn again and again
+def _worn_in(recipe: str) -> frozenset[str]:
+    """Read from the stored codes."""
+    try:
+        names = recipe_latents(json.loads(recipe))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = {}
+    return frozenset(name.partition("/")[0] for name in names)
 
 
 def _family(root: bpy.types.Object) -> Family | None:

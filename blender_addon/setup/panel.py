@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 import bpy
 
-from .. import chores, preferences, process
+from .. import chores, preferences, process, tasks
 from ..chore import Chore, Phase
 from ..messages import masked
 from ..panel import _Panel, _safe, _wrapped
+from ..session import Link
 from .installer.computer import BUILDS, PIP_DEFAULT
 from .operators import NAME, gigabytes, known
 
@@ -47,8 +48,10 @@ def _chore() -> Chore | None:
 
 
 def _offline() -> bool:
-    """Nothing is installed, and Blender may not download it."""
-    return known.wheel is not None and not preferences.found() and not bpy.app.online_access
+    """Nothing is installed, Blender may not download it, and no generator of another Blender is in use."""
+    state = tasks.session()
+    has_one = preferences.found() or (state is not None and state.link is Link.READY)
+    return known.wheel is not None and not has_one and not bpy.app.online_access
 
 
 def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:

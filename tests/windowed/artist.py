@@ -4,7 +4,7 @@ re-roll a part, lock one, choose a variant, go back in the history, favourites, 
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, drag, key, type, until, region) and has opened the tab
 "Populace" in Blender with the add-on, in a window 1700 pixels high so that all panels are in sight. It wants a
-generator that runs already. Pictures go to the folder POPULACE_SHOTS.
+generator that runs already. Pictures go to the folder SHOTS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import bpy
 from mathutils import Quaternion, Vector
 
-SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
+SHOTS = os.environ.get("SHOTS", "shots")
 PATIENCE_S = 240
 FACES, GRID, TEXTURE = 8000, 128, "512"  # a small person is made soon
 

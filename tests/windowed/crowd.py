@@ -2,7 +2,7 @@
 """Makes a crowd by mouse in a real window, on a plane, and photographs it: in progress, done, one person changed.
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, key, type, until, region) and has opened the tab. It
-wants a generator that runs already. Pictures go to the folder POPULACE_SHOTS.
+wants a generator that runs already. Pictures go to the folder SHOTS.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import bpy
 from mathutils import Quaternion, Vector
 
-SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
-PEOPLE = int(os.environ.get("POPULACE_PEOPLE", "20"))
-PLACES = int(os.environ.get("POPULACE_PLACES", "100"))
+SHOTS = os.environ.get("SHOTS", "shots")
+PEOPLE = int(os.environ.get("PEOPLE", "20"))
+PLACES = int(os.environ.get("PLACES", "100"))
 
 
 def crowds() -> list[Any]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Measures a crowd in a real window: 500 placements of 20 people. Frames per second while the view turns, the longest
-tick while people arrive, the size of the file. Writes crowd_speed.json to the folder POPULACE_SHOTS.
+tick while people arrive, the size of the file. Writes crowd_speed.json to the folder SHOTS.
 
 A driver, see crowd.py; it wants a generator that runs already. The machine's own speed is in the first number, that of
 the empty scene.
@@ -21,7 +21,7 @@ import bpy
 import numpy as np
 from mathutils import Quaternion
 
-SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
+SHOTS = os.environ.get("SHOTS", "shots")
 FRAMES = 5
 
 

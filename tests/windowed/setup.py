@@ -3,8 +3,8 @@
 person with what was set up: offline, no Python, consent, progress, cancelled, done, ready, a person, an error.
 
 A driver: whatever runs it gives `gui` (shot, click, click_word, words, until, region) and has opened the tab. It wants
-the full zip, a POPULACE_HOME that is empty, and in POPULACE_SETUP_PATH a folder with a Python that Populace can use.
-Packages come from where pip is configured to look. Pictures go to the folder POPULACE_SHOTS. `setup_later.py` goes on.
+the full zip, a POPULACE_HOME that is empty, and in SETUP_PATH a folder with a Python that Populace can use.
+Packages come from where pip is configured to look. Pictures go to the folder SHOTS. `setup_later.py` goes on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import bpy
 
-SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
-PATIENCE_S = float(os.environ.get("POPULACE_PATIENCE", "1800"))
+SHOTS = os.environ.get("SHOTS", "shots")
+PATIENCE_S = float(os.environ.get("PATIENCE_S", "1800"))
 PACKAGE = next(name for name in bpy.context.preferences.addons.keys() if name.endswith(".populace"))  # noqa: SIM118
 
 
@@ -44,7 +44,7 @@ def until_ended(gui: Any) -> Iterator[float]:
 
 def install(gui: Any) -> Iterator[float]:
     """From the status row's button to the dialog's."""
-    known = module("setup_operators").known
+    known = module("setup.operators").known
     yield from gui.click_word("Set")
     yield from gui.until(lambda: known.plan_is_fresh, timeout=60)
     yield 1.5
@@ -66,8 +66,8 @@ def drive(gui: Any) -> Iterator[float]:
     gui.shot(f"{SHOTS}/no_python.png")
     yield from press(gui, "Cancel")
     yield 1
-    module("setup_operators").known.plan = {}
-    os.environ["PATH"] = f"{os.environ['POPULACE_SETUP_PATH']}:{os.environ['PATH']}"
+    module("setup.operators").known.plan = {}
+    os.environ["PATH"] = f"{os.environ['SETUP_PATH']}:{os.environ['PATH']}"
 
     preferences().torch_index, preferences().package_index = "pip", ""
     yield from install(gui)
@@ -108,6 +108,7 @@ def drive(gui: Any) -> Iterator[float]:
     gui.shot(f"{SHOTS}/person.png")
 
     preferences().torch_index = preferences().package_index = "http://127.0.0.1:9/simple"  # nobody listens there
+    os.environ |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
     bpy.ops.populace.setup_backend("EXEC_DEFAULT", agree=True)
     yield from until_ended(gui)
     gui.shot(f"{SHOTS}/error.png")

@@ -3,7 +3,7 @@
 
 A driver: whatever runs it gives `gui` (shot, click_word, until) and has opened the tab. It wants a generator that runs
 already with the POPULACE_HOME of this process; the driver ends it, and somebody must start another within a minute or
-two. Pictures go to the folder POPULACE_SHOTS. Ticks of the timer are measured on the way: ticks.json.
+two. Pictures go to the folder SHOTS. Ticks of the timer are measured on the way: ticks.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import bpy
 import numpy as np
 
-SHOTS = os.environ.get("POPULACE_SHOTS", "shots")
+SHOTS = os.environ.get("SHOTS", "shots")
 PATIENCE_S = 240
 
 
