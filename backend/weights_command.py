@@ -18,7 +18,7 @@ from backend.protocol import PopulaceError
 from backend.settings import Settings
 from backend.weights import Manifest, WeightFile
 
-CHECKPOINTS = ("get3d", "get3dhuman")
+CHECKPOINTS = ("get3d", "get3dhuman", "e3dge", "sifu", "gta")
 
 
 def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_commands(command: Any, parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--yes", action="store_true", help="accept the licence and the download without being asked")
     bring = command("import", _told(_import), "take in a safetensors file, or a family's official checkpoint", group)
     bring.add_argument("family", nargs="?", choices=CHECKPOINTS, help="whose authors published the file")
-    bring.add_argument("file", type=Path)
+    bring.add_argument("files", type=Path, nargs="+", metavar="FILE", help="with a family also several, one by one")
     bring.add_argument("--own", action="store_true", help="a checkpoint of your own training, of other sizes")
     bring.add_argument("--name", help="of weights that this version knows, or one of your own; for safetensors")
     bring.add_argument("--licence", default="unknown", help="SPDX id or name, for the record")
@@ -177,14 +177,16 @@ def _say(event: str, **what: Any) -> None:
 
 
 def _import(args: argparse.Namespace) -> dict[str, Any]:
+    data_dir = Settings.load().data_dir
     if args.family:
-        manifest = weight_files.import_checkpoint(args.family, args.file, Settings.load().data_dir, args.own)
-        print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported ({manifest.licence}). {manifest.provenance}")
-        return {"name": manifest.name, "bytes": manifest.size}
+        made = [weight_files.import_checkpoint(args.family, file, data_dir, args.own) for file in args.files]
+        for manifest in made:
+            print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported ({manifest.licence}). {manifest.provenance}")
+        return {"name": made[-1].name, "bytes": sum(manifest.size for manifest in made)}
     if not args.name:
         raise PopulaceError("invalid_request", "--name is missing.",
                             f"Give a name, or the family of an official file: {', '.join(CHECKPOINTS)}.")  # fmt: skip
-    manifest = weight_files.import_file(args.file, args.name, args.licence, Settings.load().data_dir)
+    manifest = weight_files.import_file(args.files[0], args.name, args.licence, data_dir)
     print(f"{manifest.name}: {manifest.size / 1e6:.1f} MB imported; to use it: populace weights use {manifest.name}")
     return {"name": manifest.name, "bytes": manifest.size}
 

@@ -72,7 +72,8 @@ class StackedHourglass(nn.Module):
     """Picture [B, inputs, H, W] -> features [B, outputs, H/4, W/4], one map per stack.
 
     The picture is halved by the first convolution (`kernel`, stride 2, padding 3) and by `down`: an average pool, or a
-    convolution of stride 2. Between stacks the features and the output are added to what the next one sees.
+    convolution of stride 2. Between stacks the features and the output are added to what the next one sees. `beside`:
+    channels of a second map that takes the place of so many of the convolution's.
     """
 
     def __init__(
@@ -87,13 +88,14 @@ class StackedHourglass(nn.Module):
         groups: int = 32,
         down: Literal["pool", "conv"] = "pool",
         fourth_norm: bool = True,
+        beside: int = 0,
     ) -> None:
         super().__init__()
         self.stacks = stacks
         self.conv1 = nn.Conv2d(inputs, stem, kernel, stride=2, padding=3)
         self.bn1 = nn.GroupNorm(groups, stem)
         self.conv2 = Block(stem, 2 * stem, groups, fourth_norm)
-        self.down_conv2 = nn.Conv2d(2 * stem, 2 * stem, 3, stride=2, padding=1) if down == "conv" else None
+        self.down_conv2 = nn.Conv2d(2 * stem, 2 * stem - beside, 3, stride=2, padding=1) if down == "conv" else None
         self.conv3 = Block(2 * stem, 2 * stem, groups, fourth_norm)
         self.conv4 = Block(2 * stem, channels, groups, fourth_norm)
         for i in range(stacks):
@@ -110,12 +112,15 @@ class StackedHourglass(nn.Module):
         """The last stack's map."""
         return self.maps(x)[-1]
 
-    def maps(self, x: Float[Tensor, "B I H W"]) -> list[Float[Tensor, "B O h w"]]:
+    def maps(
+        self, x: Float[Tensor, "B I H W"], beside: Float[Tensor, "B P h w"] | None = None
+    ) -> list[Float[Tensor, "B O h w"]]:
         """Every stack's map: training supervises all of them."""
         part, found = self.get_submodule, []
         x = x.contiguous()  # group normalisation of channels-last memory is five times less exact
         x = self.conv2(functional.relu(self.bn1(self.conv1(x))))
         x = functional.avg_pool2d(x, 2) if self.down_conv2 is None else self.down_conv2(x)
+        x = x if beside is None else torch.cat([x, beside], 1)
         x = self.conv4(self.conv3(x))
         for i in range(self.stacks):
             y = part(f"top_m_{i}")(part(f"m{i}")(x))
