@@ -446,3 +446,8 @@ def convert(family: str, path: Path, own: bool = False) -> Converted:
     """The family's weights from an official file, or of a training of one's `own` that may have other sizes. Raises
     `weights_corrupt`, `invalid_request`."""
     return importlib.import_module(f"backend.families.{family}.checkpoint").convert(read(path), path.name, own)
+
+
+def published(family: str) -> Mapping[str, tuple[int, str]]:
+    """Bytes and MD5 of the family's official files by name, as far as their authors told them."""
+    return getattr(importlib.import_module(f"backend.families.{family}.checkpoint"), "PUBLISHED", {})

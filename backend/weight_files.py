@@ -19,7 +19,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -257,12 +257,22 @@ def import_checkpoint(
     try:
         packet.write_file(converted, b"".join(tensors.dump_tensors(made.arrays, made.metadata)))
         origin = f"Converted from {source.name} (SHA-256 {weights.sha256_of(source)}) on {_now()[:10]}."
+        origin += _as_published(source, checkpoints.published(family))
         found = import_file(converted, made.name, manifest.licence, data_dir, folder, origin)
     finally:
         converted.unlink(missing_ok=True)
     if found.name not in families.info(family).companions and family not in weights.replacements(data_dir):
         use(found.name, family, data_dir, folder)
     return found
+
+
+def _as_published(source: Path, known: Mapping[str, tuple[int, str]]) -> str:
+    """Whether a file is the one whose size and MD5 its authors told; nothing where they told none."""
+    if source.name not in known:
+        return ""
+    with open(source, "rb") as file:
+        found = source.stat().st_size, hashlib.file_digest(file, "md5").hexdigest()
+    return f" It is {'' if found == known[source.name] else 'not '}the file that its authors published (by its MD5)."
 
 
 def _check_tensors_readable(source: Path) -> dict[str, str]:
