@@ -82,9 +82,9 @@ class Weights:
     sha256: str
     paths: tuple[Path, ...]
 
-    def with_more(self, other: Weights) -> Weights:
-        """These and a companion's, under this name; the hash is that of both."""
-        digest = hashlib.sha256(f"{self.sha256}{other.sha256}".encode()).hexdigest()
+    def with_more(self, other: Weights, hashed: bool = True) -> Weights:
+        """These and a companion's, under this name; the hash is that of both, or with `hashed` off still these's."""
+        digest = hashlib.sha256(f"{self.sha256}{other.sha256}".encode()).hexdigest() if hashed else self.sha256
         return Weights(self.name, digest, self.paths + other.paths)
 
     def read(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:

@@ -64,6 +64,11 @@ def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
             raise PopulaceError("invalid_request", f"Parameter {key!r} is out of its range.", f"It must fit {limits}.")
 
 
+def of_decoding(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those parameters of a request that the family's `decode` takes."""
+    return {key: parameters[key] for key in info(name).of_decoding if key in parameters}
+
+
 def resolve_device(device: str) -> str:
     """"auto" becomes "cuda" where there is one, else "cpu". Raises `no_gpu` when "cuda" is asked for in vain."""
     import torch
@@ -84,7 +89,7 @@ def load(name: str, device: str, settings: Settings) -> FamilyModel:
 
     device = resolve_device(device)
     checked = weights.locate(family.weights, settings.data_dir) if family.weights else None
-    for name_of_more in family.companions:
-        if checked is not None and weights.find(name_of_more, settings.data_dir).is_here(settings.data_dir):
-            checked = checked.with_more(weights.locate(name_of_more, settings.data_dir))
+    for more in (*family.companions, *family.readers):
+        if checked is not None and weights.find(more, settings.data_dir).is_here(settings.data_dir):
+            checked = checked.with_more(weights.locate(more, settings.data_dir), more in family.companions)
     return importlib.import_module(f"{__name__}.{name}.model").load(torch.device(device), checked)

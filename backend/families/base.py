@@ -79,7 +79,8 @@ class HumanField(Protocol):
     rig: Rig | None
     focus: Focus | None  # where the lattice of the surface is finer
     region_density: Float[Tensor, " R"] | None  # per region: texels and triangles per area, relative to the others
-    # A field may also have `colors_vertices = True`: after extraction everything is asked where vertices have moved to.
+    # A field may also have `colors_vertices = True`: after extraction everything is asked where vertices have moved to;
+    # and `extract(grid_resolution, step) -> TriMesh`, a way of its own to its surface.
 
     def sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Metres to the surface, negative inside; exact sign everywhere, magnitude truncated or approximate far off."""
@@ -135,7 +136,8 @@ class FamilyModel(Protocol):
         ...
 
     def decode(self, latents: Latents, separate: bool = False) -> Sequence[HumanField]:
-        """One field per object to insert; with `separate`, clothes and hair are objects of their own."""
+        """One field per object to insert; with `separate`, clothes and hair are objects of their own. Parameters
+        named by `FamilyInfo.of_decoding` come as keywords where a request has them."""
         ...
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:
@@ -185,7 +187,9 @@ class FamilyInfo:
     weights: str | None  # name in weights_manifest/, None if the family needs none
     licence: str
     companions: tuple[str, ...] = ()  # weights that it reads as well where they are here
+    readers: tuple[str, ...] = ()  # companions that read photos: what codes mean does not depend on them
     parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema properties of family parameters
+    of_decoding: tuple[str, ...] = ()  # parameters that `decode` takes by name: they are about what is made of codes
     attributes: tuple[Attribute, ...] = ()  # what `describe` tells and `edit` sets
     codes: Mapping[str, Code] = field(default_factory=dict)  # by name, "PART/KIND"; the first part is the body
 

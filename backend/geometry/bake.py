@@ -49,6 +49,9 @@ def bake(
     normals = _array(vertex_normals(mesh.vertices.double(), mesh.faces))
     tangents = _tangents(vertices, faces, normals, uvs, corners)
     fine_normals = smooth_normals(fine_vertices, fine_faces)
+    if pbr and (bend := getattr(field, "bend", None)) is not None:  # the field knows finer normals than its surface has
+        fine_normals += _array(torch.cat([bend(chunk) for chunk in fine.points.split(_CHUNK)]))
+        fine_normals /= np.maximum(np.linalg.norm(fine_normals, axis=1, keepdims=True), 1e-30)
     twins = half_edge_twins(fine_faces, len(fine_vertices))
     tree = cKDTree(_array(fine.points), balanced_tree=False, compact_nodes=False)
     start = _face_of_vertex(fine_faces, len(fine_vertices))[tree.query(_array(mesh.points))[1]]

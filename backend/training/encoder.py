@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from backend import poses
 from backend.families.people.config import BROW, CLOTH, IRIS, LOOSE, OWN, PARTS, PLAIN, SCALE, SKIN, THICK, TRIM
 from backend.families.people.encoder import JOINTS, SIZE, PhotoEncoder, joint_rotations, to_rotation, to_six
-from backend.families.people.model import PeopleModel
+from backend.families.people.model import READER, PeopleModel
 from backend.photo.posing import forward_kinematics
 from backend.training.checkpoint import MovingAverage, pack_optimiser, under_prefix, unpack_optimiser, with_prefix
 from backend.training.loop import Phase
@@ -232,11 +232,16 @@ class EncoderStage:
     def sheet(self) -> np.ndarray | None:
         return None
 
-    def weights(self) -> dict[str, Tensor]:
-        """What `PhotoEncoder` loads: averaged parameters, running statistics, half precision."""
+    def export(self, path: Path) -> None:
+        """Write what `people.model` loads: averaged parameters, running statistics, half precision."""
+        from safetensors.torch import save_file
+
         with self.average.in_place():
-            state = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+            state = {f"{READER}{k}": v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+        part = path.with_suffix(".part")
+        save_file(dict(sorted(half.items())), part, {"encoder": self.model.weights_sha256 or ""})
+        part.replace(path)
 
 
 class _Order:

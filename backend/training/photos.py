@@ -217,7 +217,7 @@ def view_from(
         low, high = slopes.min(0), slopes.max(0)
         centre = (low + high) / 2 + np.asarray(shift) * (high - low).max()
         forward = axes @ np.array([centre[0], centre[1], -1.0])
-        axes = _turned(axes, -forward / np.linalg.norm(forward))
+        axes = _turned(axes, forward * (-1 / np.linalg.norm(forward)))
         shift = (0.0, 0.0) if turn else shift
     seen = (vertices - eye) @ axes
     half = float(np.abs(seen[:, :2] / seen[:, 2:]).max()) * MARGIN * zoom

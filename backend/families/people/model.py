@@ -20,8 +20,17 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
-from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
-from backend.families.people import storage
+from backend.families.base import (
+    AttributeValue,
+    Encoded,
+    Latents,
+    PersonPhoto,
+    Rig,
+    Step,
+    no_step,
+    seeded_normal,
+)
+from backend.families.people import photo_maps, storage
 from backend.families.people.config import (
     BODY_DIM,
     BROW,
@@ -39,6 +48,7 @@ from backend.families.people.config import (
     WORN,
     Z_DIM,
 )
+from backend.families.people.encoder import PhotoEncoder
 from backend.families.people.networks import BodyDecoder, BodyField, BodyTexture, LocalShape, LocalTexture
 from backend.families.people.networks import Mapping as MappingNetwork
 from backend.geometry.focus import Focus
@@ -55,6 +65,7 @@ FREE = 0.04  # metres from the skin at which a skirt hangs freely
 SHELL = 0.012  # metres: how thick a garment is as an object of its own
 FOCUS = 1.30, 1.50, 2.2  # the surface's cells are so many times smaller on heads, growing smaller over the neck
 CHUNK = 1 << 15  # points at a time
+READER = "encoder/"  # what names of the photo encoder's tensors begin with
 CENTRES = 256  # real codes per mapping, for truncation
 
 
@@ -96,9 +107,14 @@ class PeopleModel:
     name = "people"
 
     def __init__(
-        self, networks: PeopleNetworks, facts: Mapping[str, Any], device: torch.device, sha256: str | None
+        self,
+        networks: PeopleNetworks,
+        facts: Mapping[str, Any],
+        device: torch.device,
+        sha256: str | None,
+        encoder: PhotoEncoder | None = None,
     ) -> None:
-        self.device = device
+        self.device, self.encoder = device, encoder
         self.weights_sha256 = sha256
         self.networks = networks.to(device).eval().requires_grad_(False)
         self.facts = facts
@@ -166,8 +182,33 @@ class PeopleModel:
                    and f"{p}/{k}" not in latents.codes]  # fmt: skip
         if missing:
             raise PopulaceError("invalid_latents", f"Codes are missing: {', '.join(missing)}.")
-        person = Person(self, {k: v.to(self.device, torch.float32) for k, v in latents.codes.items()})
+        person = Person(
+            self, {k: v.to(self.device, torch.float32) for k, v in latents.codes.items()}, self._planes(latents)
+        )
         return [PeopleField(person, p) for p in (person.parts if separate else (None,))]
+
+    def _planes(self, latents: Latents) -> dict[str, list[Tensor]]:
+        """Photo maps by part. Raises `invalid_latents`."""
+        out: dict[str, list[Tensor]] = {}
+        for name, picture in latents.maps.items():
+            part, _, kind = name.partition("/")
+            if kind != "photo" or f"{part}/tex" not in latents.codes:
+                raise PopulaceError("invalid_latents", f"This person has no map named {name!r}.",
+                                    "A map is called PART/photo, of a part that has codes.")  # fmt: skip
+            try:
+                out[part] = [plane.to(self.device) for plane in photo_maps.planes_of(picture)]
+            except ValueError as error:
+                raise PopulaceError("invalid_latents", f"{name}: {error}.") from None
+        return out
+
+    def encode(self, photos: Sequence[PersonPhoto], options: Any, step: Step = no_step) -> Encoded:
+        """See `FamilyModel`. Raises `weights_missing` where these weights came without an encoder of photos."""
+        from backend.families.people import inversion
+
+        if self.encoder is None:
+            raise PopulaceError("weights_missing", "These weights of the people family cannot read photos.",
+                                "Use the weights that came with this version.")  # fmt: skip
+        return inversion.encode(self, self.encoder, photos, options, step)
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:
         """See `FamilyModel`."""
@@ -206,8 +247,11 @@ def region_of(bone: str) -> int:
 class Person:
     """One person's mixed volumes and planes, shared by the fields of its objects. Points are canonical."""
 
-    def __init__(self, model: PeopleModel, codes: Mapping[str, Tensor]) -> None:
-        self.model, self.codes, net = model, codes, model.networks
+    def __init__(
+        self, model: PeopleModel, codes: Mapping[str, Tensor], photos: Mapping[str, list[Tensor]] | None = None
+    ) -> None:
+        """`photos` are the sides of photo maps by part."""
+        self.model, self.codes, net, self.photos = model, codes, model.networks, photos or {}
         self.worn = [p for p in PARTS if f"{p}/shape" in codes]
         self.parts = ("body", *self.worn)
         self.volumes = {p: net.shapes[p].mixed(codes[f"{p}/shape"]) for p in self.worn}
@@ -248,8 +292,13 @@ class Person:
     def color(self, part: str, points: Float[Tensor, "N 3"], facing: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         net, code = self.model.networks, self.codes[f"{part}/tex"]
         if part == "body":
-            return net.body_tex(self.skin, code, points, facing)
-        return net.textures[part](self.planes[part], code, points, facing)
+            color = net.body_tex(self.skin, code, points, facing)
+        else:
+            color = net.textures[part](self.planes[part], code, points, facing)
+        if part in self.photos:
+            seen, weight = photo_maps.read(self.photos[part], points, facing)
+            color = color + weight * (seen - color)
+        return color
 
     def material(self, part: str, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         """Roughness and metallic of one part."""
@@ -389,7 +438,21 @@ def load(device: torch.device, weights: Weights | None) -> PeopleModel:
             "Take the weights that came with this version, or train new ones."
         )  # fmt: skip
     networks = PeopleNetworks(facts)
-    values = storage.unpack(arrays)
+    reader = {k: v for k, v in arrays.items() if k.startswith(READER)}
+    values = storage.unpack({k: v for k, v in arrays.items() if k not in reader})
     check_tensors(weights.name, values, {k: tuple(v.shape) for k, v in networks.state_dict().items()})
     networks.load_state_dict({k: torch.from_numpy(v) for k, v in values.items()})
-    return PeopleModel(networks, facts, device, weights.sha256)
+    return PeopleModel(networks, facts, device, weights.sha256, _load_encoder(weights.name, reader, facts, device))
+
+
+def _load_encoder(
+    name: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], device: torch.device
+) -> PhotoEncoder | None:
+    """From arrays whose names begin with READER, None if there are none. Raises `weights_corrupt`."""
+    if not arrays:
+        return None
+    encoder = PhotoEncoder(facts)
+    values = {k.removeprefix(READER): v for k, v in arrays.items()}
+    check_tensors(name, values, {k: tuple(v.shape) for k, v in encoder.state_dict().items()})
+    encoder.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in values.items()})
+    return encoder.to(device).eval().requires_grad_(False)
