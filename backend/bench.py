@@ -145,8 +145,8 @@ class _CountedModel:
         self.sample, self.describe, self.edit = model.sample, model.describe, model.edit
         self.evaluations = 0
 
-    def decode(self, latents: Latents, separate: bool = False) -> Sequence[HumanField]:
-        return [self._counted(field) for field in self._model.decode(latents, separate)]
+    def decode(self, latents: Latents, separate: bool = False, **chosen: Any) -> Sequence[HumanField]:
+        return [self._counted(field) for field in self._model.decode(latents, separate, **chosen)]
 
     def _counted(self, field: Any) -> HumanField:
         ask = field.sdf

@@ -18,5 +18,11 @@ INFO = FamilyInfo(
     weights="get3dhuman",
     licence="research use only, as long as the authors do not say otherwise",
     companions=("get3dhuman_refine",),
+    parameters={
+        "look": {"type": "string", "enum": ["blend", "published", "field"], "title": "Look",
+                 "description": "blend: front and back view over the field's colours; published: every point as the "
+                 "nearest one that a view saw; field: no views. Without the refine net always field"},
+    },
+    of_decoding=("look",),
     codes={"body/shape": Code(512, normal=True, rows=0), "body/tex": Code(512, normal=True, rows=0)},
-)
+)  # fmt: skip
