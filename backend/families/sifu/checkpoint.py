@@ -19,7 +19,7 @@ from torch import nn
 
 from backend import checkpoints
 from backend.checkpoints import Converted, StoredTensor
-from backend.families.sifu.config import Config, Kind, to_metadata
+from backend.families.sifu.config import Config, Kind, normal_sizes, to_metadata
 from backend.families.sifu.networks import NormalFilter, Reconstructor, decoders_name
 from backend.families.sifu.transformer import position_table
 
@@ -47,8 +47,9 @@ def convert(content: Any, file: str, own: bool = False, kind: Kind = "sifu") -> 
             shapes = _shapes(NormalFilter(config))
         checkpoints.check_names(file, found, shapes, lambda name: False)
         arrays = checkpoints.numbers(file, found)
-        return Converted(f"{kind}_normals", {f"normal_filter.{n}": a for n, a in arrays.items()},
-                         {"title": f"{title}'s normal networks"})  # fmt: skip
+        arrays = {f"normal_filter.{name}": array for name, array in checkpoints.numbers(file, found).items()}
+        notes = normal_sizes(config) | {"title": f"{title}'s normal networks"}
+        return Converted(f"{kind}_normals", arrays, notes)
     other: Kind = "gta" if kind == "sifu" else "sifu"
     if any(name.startswith(f"{decoders_name(Config.published(other))}.geo_mlp") for name in found):
         raise checkpoints.refused(file, f"it is a file of {other.upper()}; import it as {other}")

@@ -71,10 +71,11 @@ class Config:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Config:
-    """Sizes as a weights file has them. Raises ValueError if it says nothing of them, or nothing sensible."""
-    facts = json.loads(metadata["sifu"]) if "sifu" in metadata else None
-    if not isinstance(facts, dict):
+    """Sizes as weights files have them, those of the normal networks perhaps in a file of their own. Raises ValueError
+    if they say nothing of them, or nothing sensible."""
+    if "sifu" not in metadata:
         raise ValueError("it does not say the sizes of its networks")
+    facts = json.loads(metadata["sifu"]) | json.loads(metadata.get("sifu_normals", "{}"))
     named: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
     try:
         return Config(**named)
@@ -84,3 +85,9 @@ def from_metadata(metadata: Mapping[str, str]) -> Config:
 
 def to_metadata(config: Config) -> dict[str, str]:
     return {"sifu": json.dumps(asdict(config))}
+
+
+def normal_sizes(config: Config) -> dict[str, str]:
+    """What a file of normal networks alone says."""
+    return {"sifu_normals": json.dumps({k: v for k, v in asdict(config).items() if k.startswith("normal_")
+                                        and k != "normal_channels"})}  # fmt: skip

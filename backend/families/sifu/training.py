@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from backend import poses
-from backend.families.sifu.config import Config, to_metadata
+from backend import families, poses
+from backend.families.sifu.config import Config, Kind, to_metadata
 from backend.families.sifu.networks import Reconstructor
-from backend.families.sifu.prior import Placed, SkinnedBody
+from backend.families.sifu.prior import Placed, SkinnedBody, people_body
 from backend.families.sifu.query import About, BodySpeaker, features, read_planes
 from backend.families.sifu.stages import distinct, whole
 from backend.families.sifu.views import clip_of, normal_views
@@ -31,9 +32,18 @@ from backend.geometry.body import BodyMesh
 from backend.geometry.mesh import vertex_normals
 from backend.render.rasterize import rasterize, sample, to_image
 from backend.render.shade import to_linear, to_srgb
+from backend.settings import Settings as AppSettings
 from backend.training.checkpoint import pack_optimiser, under_prefix, unpack_optimiser, with_prefix
-from backend.training.loop import Phase
-from backend.training.photos import Figure, lit, random_light, random_rotations, stand
+from backend.training.loop import Box, Outcome, Phase, World, run
+from backend.training.photos import (
+    Figure,
+    lit,
+    make_figure,
+    random_light,
+    random_person,
+    random_rotations,
+    stand,
+)
 
 NEAR = ((0.5, 0.05), (0.3, 0.015))  # shares of points and how far from the surface they are, metres; the rest anywhere
 ABOUT_COLORS = 0.01  # metres along the normal
@@ -309,3 +319,42 @@ def export(network: Reconstructor, path: Path, half: bool = True) -> None:
     state = {name: tensor.detach().cpu() for name, tensor in distinct(network.state_dict()).items()}
     state = {name: (tensor.half() if half else tensor).contiguous() for name, tensor in state.items()}
     save_file(state, path, {**to_metadata(network.config), "title": f"{network.config.kind.upper()}, small"})
+
+
+def train(
+    kind: Kind, folder: Path, size: str, people: int, minutes: float, max_steps: float, seed: int,
+    device: torch.device, world: World,
+) -> tuple[Path | None, Outcome]:  # fmt: skip
+    """`populace train --family sifu`: sample people, take two pictures of each, train; all of it goes on where it was.
+    Returns the weights file (None on processes but the first, and if interrupted) and how it ended."""
+    configs = {"tiny": Config.tiny(kind), "small": Config.small(kind),
+               "base": replace(Config.published(kind), body="people")}  # fmt: skip
+    config = configs[size]
+    model: Any = families.load("people", "cpu", AppSettings.load())
+    pool = folder / f"items_{config.image}"
+    if world.rank == 0:
+        figures = make_figures(model, people, seed, folder / "figures")
+        make_items(figures, people_body(model), config, 2 * people, seed, pool)
+    world.total([0], device)  # the others wait here
+    items = [pool / f"{i:06d}.safetensors" for i in range(2 * people)]
+    steps = int(max_steps) if math.isfinite(max_steps) else Settings.steps
+    stage = SifuStage(config, items, Settings(batch=Settings.batch * world.size, steps=steps), seed, device)
+    facts = {"kind": kind, "size": size, "seed": seed, "people": people, "steps": steps}
+    outcome = run(stage, folder / kind, Box(minutes=minutes, max_steps=steps), world, facts)
+    if world.rank or outcome.stopped == "interrupted":
+        return None, outcome
+    path = folder / f"{kind}.safetensors"
+    export(stage.network, path)
+    return path, outcome
+
+
+def make_figures(model: Any, count: int, seed: int, folder: Path) -> list[Path]:
+    """Sampled people on disk; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:06d}.safetensors" for i in range(count)]
+    for i, path in enumerate(paths):
+        if not path.exists():
+            part = path.with_suffix(".part")
+            make_figure(model, random_person(model, (seed << 32) + i)).save(part)
+            part.replace(path)
+    return paths
