@@ -7,16 +7,19 @@ makes them (`interchange_blender`), so that neither its memory nor its faults ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import IO, Final, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +33,9 @@ FORMATS: Final = get_args(Format)
 BLENDERS: Final = frozenset({"usd", "fbx", "blend"})  # formats that need the bpy module
 _SUFFIXES: Final[Mapping[Format, str]] = {"usd": ".usdc", "fbx": ".fbx", "blend": ".blend"}
 _TIMEOUT_S: Final = 600.0
+_MEDIA: Final[Mapping[Format, str]] = {"glb": "model/gltf-binary", "packet": "application/octet-stream",
+                                       "blend": "application/x-blender"}  # fmt: skip
+_writing: set[subprocess.Popen[bytes]] = set()  # the Blenders at work
 
 
 def _humanoid(thumb: tuple[str, str, str]) -> dict[str, str]:
@@ -108,6 +114,47 @@ def write(asset: HumanAsset, folder: Path, name: str, form: Format, preset: Pres
     return paths
 
 
+def packed(asset: HumanAsset, form: Format, preset: PresetName = "none", lod: int = 0) -> tuple[bytes, str, str]:
+    """One person in one format as one file: its bytes, media type and ending.
+
+    GLB, packet and .blend are single files. OBJ, USD and FBX have textures beside them and come as a zip, the same for
+    the same person. GLB and OBJ hold the level of detail `lod`, the others all. Raises `invalid_request` when the
+    person has no such level or the bpy module is missing.
+    """
+    check([form])
+    asset.at_lod(lod)
+    chosen = PRESETS[preset]
+    if form == "glb":
+        return packet.to_glb(_with_bones(asset, chosen.bones), lod), _MEDIA[form], ".glb"
+    if form == "packet":
+        return packet.dumps(_with_bones(asset, chosen.bones)), _MEDIA[form], ".safetensors"
+    with tempfile.TemporaryDirectory(prefix="populace-") as folder:
+        if form == "obj":
+            packet.to_obj(_placed(asset, chosen), Path(folder), lod)
+        else:
+            (path,) = write(asset, Path(folder), "human", form, preset)
+            if form == "blend":
+                return path.read_bytes(), _MEDIA[form], ".blend"
+        return _zip(Path(folder)), "application/zip", ".zip"
+
+
+def _zip(folder: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes())
+    return out.getvalue()
+
+
+def end_all() -> None:
+    """End the Blenders that are writing; whoever waits for one gets an error."""
+    for child in list(_writing):
+        child.kill()
+
+
 def _with_bones(asset: HumanAsset, names: Mapping[str, str]) -> HumanAsset:
     bones = [names.get(bone, bone) for bone in asset.meta.get("bones", ())]
     return replace(asset, meta={**asset.meta, "bones": bones}) if bones else asset
@@ -128,28 +175,45 @@ def _placed(asset: HumanAsset, preset: Preset) -> HumanAsset:
 
 def _through_blender(asset: HumanAsset, folder: Path, name: str, form: Format, preset: Preset) -> Path:
     """In a fresh process with a fixed hash seed, because Blender's FBX exporter makes its ids with Python's hash(), and
-    with one thread for USD, whose files else differ in the order of their sections."""
+    with one thread for USD, whose files else differ in the order of their sections. It ends when its stdin does: should
+    we be killed, it goes as well."""
     check([form])
     path = folder / f"{name}{_SUFFIXES[form]}"
     with tempfile.TemporaryDirectory(prefix="populace-") as private:
-        parcel, trouble = Path(private) / "person.safetensors", Path(private) / "error.json"
+        parcel, trouble, log = (Path(private) / name for name in ("person.safetensors", "error.json", "errors.txt"))
         parcel.write_bytes(packet.dumps(asset))
         order = {"packet": str(parcel), "path": str(path.absolute()), "name": name, "form": form, "up": preset.up,
                  "trouble": str(trouble)}  # fmt: skip
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "BLENDER_USER_RESOURCES": private,
                        "PXR_WORK_THREAD_LIMIT": "1"}  # fmt: skip
+        command = [sys.executable, "-m", "backend.interchange_blender", json.dumps(order)]
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", "backend.interchange_blender", json.dumps(order)], env=environment,
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, errors="replace",
-            )  # fmt: skip
+            with log.open("wb") as errors, _running(command, environment, errors) as child:
+                returned = child.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise PopulaceError("deadline_exceeded", f"Blender needs over {_TIMEOUT_S:.0f} s to write {path.name}.",
                                 "Ask for fewer triangles or smaller textures.") from None  # fmt: skip
-        if done.returncode != 0 or not path.is_file():
+        if returned != 0 or not path.is_file():
             if trouble.is_file():
                 raise PopulaceError(**json.loads(trouble.read_text("utf-8")))
-            said = " ".join(done.stderr.split())[-300:]
-            raise PopulaceError("internal_error", f"Blender could not write {path.name}: {said or done.returncode}",
+            said = " ".join(log.read_text("utf-8", "replace").split())[-300:]
+            raise PopulaceError("internal_error", f"Blender could not write {path.name}: {said or returned}",
                                 "Run it again; ask for glb if it stays so.")  # fmt: skip
     return path
+
+
+@contextlib.contextmanager
+def _running(
+    command: Sequence[str], environment: Mapping[str, str], errors: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors)
+    _writing.add(child)
+    try:
+        with child:
+            try:
+                yield child
+            finally:
+                if child.poll() is None:
+                    child.kill()
+    finally:
+        _writing.discard(child)

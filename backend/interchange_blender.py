@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
@@ -28,12 +30,19 @@ _AXES = {"Y": ("-Z", "Y"), "Z": ("Y", "Z")}  # forward and up, as Blender's FBX 
 def main(argv: Sequence[str]) -> int:
     """`argv` is one JSON object: packet, path, name, form, up, trouble. Returns the exit code."""
     order = json.loads(argv[0])
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         _write(**order)
     except PopulaceError as error:
         Path(order["trouble"]).write_text(Error.of(error).model_dump_json(), "utf-8")
         return 1
     return 0
+
+
+def _end_with_stdin() -> None:
+    """Whoever started this process holds the other end of its stdin: when they are gone, nobody wants the file."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def _write(packet: str, path: str, name: str, form: str, up: str, trouble: str) -> None:

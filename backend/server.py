@@ -27,7 +27,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from backend import __version__, checks, families, packet, poses, runtime, weights
+from backend import __version__, checks, families, interchange, packet, poses, runtime, weights
 from backend.guard import MAX_HEAD_BYTES, Connection, Guard
 from backend.jobs import Jobs
 from backend.protocol import (
@@ -94,6 +94,7 @@ async def _serve(
         await server.serve(sockets=[sock])
     finally:
         runtime.withdraw(settings.runtime_dir, address)
+        interchange.end_all()
         await jobs.close()
     log.info("the backend has ended")
 
@@ -154,7 +155,7 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_bug)
-    converting = asyncio.Lock()  # one GLB at a time in memory
+    converting, writing = asyncio.Lock(), asyncio.Lock()  # one at a time in memory; one Blender at a time
 
     @app.get("/v1/health")
     async def health() -> Health:
@@ -206,18 +207,27 @@ def make_app(settings: Settings, jobs: Jobs, stop: Callable[[], None]) -> FastAP
         return await jobs.cancel(job_id)
 
     @app.get("/v1/jobs/{job_id}/result", response_class=Response, responses={200: {"content": {
-        "application/octet-stream": {}, "model/gltf-binary": {}}}})  # fmt: skip
+        "application/octet-stream": {}, "model/gltf-binary": {}, "application/zip": {}}}})  # fmt: skip
     async def result(
         job_id: JobId,
-        format: Literal["safetensors", "glb"] = "safetensors",
-        lod: Annotated[int, Query(ge=0, lt=MAX_LODS, description="of a GLB: level of detail")] = 0,
+        format: Annotated[
+            Literal["safetensors", "glb", "obj", "usd", "fbx", "blend"],
+            Query(description="obj, usd and fbx are zips; usd, fbx and blend need Blender's module in the backend"),
+        ] = "safetensors",
+        lod: Annotated[int, Query(ge=0, lt=MAX_LODS, description="of glb and obj: level of detail")] = 0,
+        preset: Annotated[
+            interchange.PresetName, Query(description="units, axes and bone names; not of safetensors")
+        ] = "none",
     ) -> Response:
         path = jobs.result(job_id)
         if format == "safetensors":
             return _Packet(path, media_type="application/octet-stream")
-        async with converting:
-            glb = await asyncio.to_thread(lambda: packet.to_glb(packet.read(path), lod))
-        return Response(glb, media_type="model/gltf-binary")
+        async with writing if format in interchange.BLENDERS else converting:
+            data, media, ending = await asyncio.to_thread(
+                lambda: interchange.packed(packet.read(path), format, preset, lod)
+            )
+        name = f'attachment; filename="person-{job_id[:8]}{ending}"'
+        return Response(data, media_type=media, headers={"Content-Disposition": name})
 
     @app.get("/v1/jobs/{job_id}/stats", response_class=Response, responses={200: {"content": {"application/json": {}}}})
     async def stats(job_id: JobId) -> Response:

@@ -18,6 +18,7 @@ from bpy.props import BoolProperty, EnumProperty, FloatProperty, FloatVectorProp
 from . import editing, tasks
 from .families import Attribute, Family
 from .properties import active_human, other_human
+from .translations import told
 
 USE: Final = "use_"  # before the name of a wish: whether it counts
 _families: tuple[Family, ...] = ()
@@ -123,7 +124,8 @@ def _wish(a: Attribute) -> Any:
 
 
 def _use(a: Attribute) -> Any:
-    return BoolProperty(name=f"Set {a.title}", description="Ask for this; otherwise the seed decides")
+    name = told("Set {attribute}", attribute=a.title)
+    return BoolProperty(name=name, description="Ask for this; otherwise the seed decides")
 
 
 def _slider(a: Attribute) -> Any:

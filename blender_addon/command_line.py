@@ -2,12 +2,14 @@
 """`blender --command populace ...`: people without a window, and the generator's own commands from Blender's.
 
 `generate` has the options of the operator `populace.generate`, whatever they are; `batch`, `plan`, `farm`, `weights`
-and `doctor` are the generator's, run in its own Python; `operators` prints the reference of all operators.
+and `doctor` are the generator's, run in its own Python; `operators` prints the reference of all operators; `bench`
+measures how long Blender waits for us.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from typing import Any, Final
 
 import bpy
 
-from . import preferences, process
+from . import bench, preferences, process
+from .messages import BackendError, Request
 
 FORWARDED: Final = {
     "batch": "make the people of a plan, in parallel, resumable, in shards",
@@ -30,7 +33,8 @@ examples:
   blender --command populace generate --seed 1 --count 3 --out people.blend
   blender --command populace generate --seed 7 --pose walking --out person.fbx
   blender --command populace batch plan.jsonl --out crowd --preset unreal --resume
-  blender --command populace operators"""
+  blender --command populace operators
+  blender --command populace bench --people 10 --cycles 100"""
 _command: Any = None
 
 
@@ -50,7 +54,16 @@ def main(argv: list[str]) -> int:
     for name, text in FORWARDED.items():
         commands.add_parser(name, help=f"{text} (the generator's command)")
     commands.add_parser("operators", help="print a reference of bpy.ops.populace, as Markdown")
+    timing = commands.add_parser("bench", help="measure ticks, insertions, undo and redo; prints JSON")
+    timing.add_argument("--people", type=int, default=10, help="how many to make (default: 10)")
+    timing.add_argument("--cycles", type=int, default=100,
+                        help="how often to insert, undo and redo one of them (default: 100)")  # fmt: skip
+    for name, default in _BENCH.items():
+        timing.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
+                            help=f"of each person (default: {default})")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        return _bench(args)
     if args.command == "operators":
         print(reference())
         return 0
@@ -73,6 +86,20 @@ def _generate(args: argparse.Namespace) -> None:
     bpy.ops.populace.generate(wait=True, **{name: value for name, value in chosen.items() if value is not None})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     _WRITERS[args.out.suffix](str(args.out.absolute()))
+
+
+_BENCH: Final = {"family": "people", "seed": 1, "faces": 30000, "grid_resolution": 256, "texture_size": 1024}
+
+
+def _bench(args: argparse.Namespace) -> int:
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    try:
+        request = Request(**{name: getattr(args, name) for name in _BENCH})
+        print(json.dumps(bench.run(request, max(args.people, 1), max(args.cycles, 0)), indent=1))
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 _WRITERS: Final[dict[str, Callable[[str], Any]]] = {
@@ -147,6 +174,8 @@ def _kind(prop: Any) -> str:
 def _default(prop: Any) -> str:
     if getattr(prop, "is_array", False):
         return str(tuple(prop.default_array))
+    if prop.type == "ENUM" and not prop.enum_items:  # depends on the scene: Blender warns when it is asked
+        return ""
     default = getattr(prop, "default", "")
     return f"{default:g}" if isinstance(default, float) else repr(default)
 

@@ -11,6 +11,7 @@ from bpy.props import StringProperty
 
 from . import process
 from .messages import masked
+from .translations import told
 
 _found = ""  # what `refresh` found, so that drawing needs no look at the disk
 _sections: list[Callable[[Any, bpy.types.Context], None]] = []
@@ -46,7 +47,7 @@ class PopulacePreferences(bpy.types.AddonPreferences):
         row = layout.row()
         row.alignment = "RIGHT"
         if _found:
-            row.label(text=f"Generator: {_found}", icon="CHECKMARK")
+            row.label(text=told("Generator: {path}", path=_found), icon="CHECKMARK", translate=False)
         else:
             row.label(text="No generator found: install it, or choose its Python above", icon="ERROR")
         row = layout.row(align=True)

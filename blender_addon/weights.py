@@ -18,6 +18,7 @@ from bpy.props import StringProperty
 from . import chores, preferences, process
 from .chore import Chore, Phase
 from .messages import BackendError
+from .translations import told
 
 NAME: Final = "Weights"
 
@@ -112,8 +113,9 @@ class POPULACE_OT_fetch_weights(_Weights, bpy.types.Operator):
     def draw(self, context: bpy.types.Context) -> None:
         about = row(self.name)
         column = self.layout.column(align=True)
-        column.label(text=f"{about.get('title', self.name)}, {about.get('size', 0) / 1e6:.0f} MB "
-                          f"from {about.get('source', '')}")  # fmt: skip
+        column.label(text=told("{title}, {size} MB from {source}",
+            title=about.get("title", self.name), size=round(about.get("size", 0) / 1e6),
+            source=about.get("source", "")), translate=False)  # fmt: skip
         box = self.layout.box().column(align=True)
         box.scale_y = 0.8
         for paragraph in str(about.get("licence_text", "")).splitlines()[:24]:
@@ -172,7 +174,7 @@ class POPULACE_OT_remove_weights(_Weights, bpy.types.Operator):
     def invoke(self, context: bpy.types.Context, event: Any) -> Result:
         return context.window_manager.invoke_confirm(
             self, event, title="Remove Weights", confirm_text="Remove", icon="WARNING",
-            message=f"Frees {row(self.name).get('size', 0) / 1e6:.0f} MB",
+            message=told("Frees {size} MB", size=round(row(self.name).get("size", 0) / 1e6)),
         )  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:

@@ -9,6 +9,7 @@ import bpy
 
 from .. import assets
 from ..panel import _Panel, _safe
+from ..translations import told
 from . import cast
 from .arrivals import on_the_way
 from .form import family_of
@@ -36,7 +37,12 @@ class POPULACE_PT_crowd(_Panel, bpy.types.Panel):
         _draw_detail(layout, form)
         row = layout.row()
         row.scale_y = 1.6
-        row.operator("populace.make_crowd", text=f"Make Crowd of {form.people}", icon="COMMUNITY")
+        row.operator(
+            "populace.make_crowd",
+            text=told("Make Crowd of {n}", n=form.people),
+            icon="COMMUNITY",
+            translate=False,
+        )
         if made is not None:
             layout.operator("populace.update_crowd", icon="FILE_REFRESH")
 
@@ -61,13 +67,18 @@ def _draw_crowd(layout: Any, context: bpy.types.Context, made: bpy.types.Collect
     if coming:
         running = sum(job.status.fraction for job in coming if not job.status.ended)
         row = box.row(align=True)
-        row.progress(factor=min((here + running) / max(len(persons), 1), 1.0), text=f"{here} of {len(persons)} people")
+        row.progress(
+            factor=min((here + running) / max(len(persons), 1), 1.0),
+            text=told("{n} of {total} people", n=here, total=len(persons)),
+        )
         row.operator("populace.cancel_crowd", text="", icon="X")
     else:
         places, own = sum(cast.PLACEMENT in o for o in made.objects), sum(cast.OWN in person for person in persons)
-        box.label(text=f"{here} people in {places} places" + (f", {own} chosen by hand" if own else ""))
+        said = told("{n} people in {places} places", n=here, places=places)
+        said += f", {told('{n} chosen by hand', n=own)}" if own else ""
+        box.label(text=said, translate=False)
         if absent:
-            box.operator("populace.make_missing", text=f"Make {absent} Missing", icon="PLAY")
+            box.operator("populace.make_missing", text=told("Make {n} Missing", n=absent), translate=False, icon="PLAY")
     row = box.row(align=True)
     now = cast.display(made)
     for display, text in (("FULL", "Full"), ("LIGHT", "Light"), ("BOX", "Manikins")):
@@ -113,14 +124,15 @@ def _draw_facing(layout: Any, form: Any) -> None:
 
 def _draw_mix(layout: Any, form: Any) -> None:
     header, body = layout.panel("POPULACE_crowd_mix", default_closed=True)
-    header.label(text=f"Mix ({len(form.mix)})" if len(form.mix) else "Mix")
+    header.label(text=told("Mix ({n})", n=len(form.mix)) if len(form.mix) else told("Mix"), translate=False)
     if body is None:
         return
     before = ""
     for index, row in enumerate(form.mix):
         if row.attribute != before:
             total = sum(other.percent for other in form.mix if other.attribute == row.attribute)
-            body.label(text=row.title if total < 99.5 or total > 100.5 else f"{row.title}, all")
+            title, is_all = told(row.title), 99.5 <= total <= 100.5
+            body.label(text=told("{title}, all", title=title) if is_all else title, translate=False)
             before = row.attribute
         line = body.row(align=True)
         line.prop(row, "percent", text="", slider=True)
@@ -159,8 +171,8 @@ class POPULACE_PT_assets(_Panel, bpy.types.Panel):
         for name in ("catalog", "author", "licence", "tags"):
             column.prop(form, name)
         count = len(assets.chosen_humans(context))
-        text = f"Mark {count} People as Assets" if count > 1 else "Mark as Asset"
-        self.layout.operator("populace.mark_asset", text=text, icon="ASSET_MANAGER")
+        text = told("Mark {n} People as Assets", n=count) if count > 1 else told("Mark as Asset")
+        self.layout.operator("populace.mark_asset", text=text, icon="ASSET_MANAGER", translate=False)
         column = _column(self.layout)
         column.prop(form, "folder")
         self.layout.operator("populace.save_assets", icon="EXPORT")

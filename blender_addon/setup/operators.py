@@ -19,6 +19,7 @@ from .. import chores, preferences, process, tasks
 from ..chore import Chore, Phase
 from ..messages import BackendError, masked
 from ..session import Link
+from ..translations import told
 from .installer.home import LOG, Home
 
 log = logging.getLogger(__name__)
@@ -260,7 +261,8 @@ class POPULACE_OT_uninstall_backend(_Setup, bpy.types.Operator):
         size = sum(int(row.get("bytes", 0)) for row in (known.installed, known.previous))
         return context.window_manager.invoke_confirm(
             self, event, title="Uninstall Generator", confirm_text="Uninstall", icon="WARNING",
-            message=f"Frees about {gigabytes(size)}. People in scenes, results and downloaded weights stay",
+            message=told("Frees about {size}. People in scenes, results and downloaded weights stay",
+                size=gigabytes(size)),
         )  # fmt: skip
 
     def execute(self, context: bpy.types.Context) -> Result:

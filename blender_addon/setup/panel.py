@@ -15,6 +15,7 @@ from ..chore import Chore, Phase
 from ..messages import masked
 from ..panel import _Panel, _safe, _wrapped
 from ..session import Link
+from ..translations import told
 from .installer.computer import BUILDS, PIP_DEFAULT
 from .operators import NAME, gigabytes, known
 
@@ -37,9 +38,10 @@ class POPULACE_PT_setup(_Panel, bpy.types.Panel):
         elif _offline():
             draw_offline(self.layout, context)
         elif known.can_upgrade:
-            _lines(self.layout, context, f"Generator {known.installed['version']} is installed, this add-on brings "
-                                         f"{known.version}.")  # fmt: skip
-            self.layout.operator("populace.setup_backend", text=f"Upgrade to {known.version}", icon="FILE_REFRESH")
+            _lines(self.layout, context, told("Generator {old} is installed, this add-on brings {new}.",
+                                              old=known.installed["version"], new=known.version))  # fmt: skip
+            label = told("Upgrade to {version}", version=known.version)
+            self.layout.operator("populace.setup_backend", text=label, icon="FILE_REFRESH", translate=False)
 
 
 def _chore() -> Chore | None:
@@ -59,11 +61,12 @@ def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:
         left = chore.eta_s
         row = layout.row(align=True)
         percent = f" {chore.fraction:.0%}" if chore.fraction else ""
-        row.progress(factor=chore.fraction, text="Cancelling" if chore.phase is Phase.CANCELLING else
-                     f"{chore.stage or 'Looking at this computer'}{percent}")  # fmt: skip
+        stage = told(chore.stage or "Looking at this computer") + percent
+        row.progress(factor=chore.fraction, text=told("Cancelling") if chore.phase is Phase.CANCELLING else stage)
         row.operator("populace.cancel_chore", text="", icon="X")
-        text = ", ".join(filter(None, (chore.text, f"{_duration(left)} left" if left is not None else "")))
-        layout.label(text=text or "Blender can be used meanwhile")
+        time_left = told("{time} left", time=_duration(left)) if left is not None else ""
+        text = ", ".join(filter(None, (chore.text, time_left)))
+        layout.label(text=text or told("Blender can be used meanwhile"), translate=False)
         return
     if chore.phase is Phase.FAILED and chore.error is not None:
         _lines(layout, context, chore.error.message, "ERROR")
@@ -80,15 +83,16 @@ def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:
 def _outcome(chore: Chore) -> str:
     result = chore.result
     if chore.phase is Phase.CANCELLED:
-        return "Cancelled. What was downloaded is kept for the next attempt"
+        return told("Cancelled. What was downloaded is kept for the next attempt")
     if "version" not in result:
-        return f"Uninstalled, {gigabytes(int(result.get('freed_bytes', 0)))} freed"
-    restart = ". Stop and start the generator to use it" if result.get("is_upgrade") else ""
-    return f"Generator {result['version']} is set up, {gigabytes(int(result.get('bytes', 0)))}{restart}"
+        return told("Uninstalled, {size} freed", size=gigabytes(int(result.get("freed_bytes", 0))))
+    size = gigabytes(int(result.get("bytes", 0)))
+    done = told("Generator {version} is set up, {size}", version=result["version"], size=size)
+    return f"{done}. {told('Stop and start the generator to use it')}" if result.get("is_upgrade") else done
 
 
 def draw_offline(layout: Any, context: bpy.types.Context) -> None:
-    _lines(layout, context, "Online access is off: the generator cannot be downloaded.", "INTERNET_OFFLINE")
+    _lines(layout, context, told("Online access is off: the generator cannot be downloaded."), "INTERNET_OFFLINE")
     layout.prop(context.preferences.system, "use_online_access", text="Allow Online Access")
     layout.operator("populace.setup_backend_offline", text="Set Up from Folder...", icon="FILE_FOLDER")
 
@@ -102,18 +106,28 @@ def draw_preferences(layout: Any, context: bpy.types.Context) -> None:
     if installed:
         build = BUILDS.get(str(installed.get("build")))
         size = gigabytes(int(installed.get("bytes", 0)))
-        box.label(text=f"Generator {installed['version']}, {build.title if build else 'unknown build'}, {size}, in "
-                       f"{masked(str(process.setup_folder()))}", icon="CHECKMARK")  # fmt: skip
+        text = told(
+            "Generator {version}, {build}, {size}, in {folder}",
+            version=installed["version"],
+            size=size,
+            build=told(build.title if build else "unknown build"),
+            folder=masked(str(process.setup_folder())),
+        )
+        box.label(text=text, icon="CHECKMARK", translate=False)
     elif known.wheel is not None:
-        box.label(text=f"This add-on can set up generator {known.version}", icon="INFO")
+        box.label(
+            text=told("This add-on can set up generator {version}", version=known.version), icon="INFO", translate=False
+        )
     else:
         box.label(text="This add-on carries no generator", icon="INFO")
     row = box.row(align=True)
-    label = f"Upgrade to {known.version}" if known.can_upgrade else "Set Up Again" if installed else "Set Up"
-    row.operator("populace.setup_backend", text=label, icon="IMPORT")
+    label = told("Set Up Again") if installed else told("Set Up")
+    if known.can_upgrade:
+        label = told("Upgrade to {version}", version=known.version)
+    row.operator("populace.setup_backend", text=label, icon="IMPORT", translate=False)
     row.operator("populace.setup_backend_offline", text="From Folder...", icon="FILE_FOLDER")
-    back = f"Roll Back to {known.previous['version']}" if known.previous else "Roll Back"
-    row.operator("populace.roll_back_backend", text=back, icon="LOOP_BACK")
+    back = told("Roll Back to {version}", version=known.previous["version"]) if known.previous else told("Roll Back")
+    row.operator("populace.roll_back_backend", text=back, icon="LOOP_BACK", translate=False)
     row.operator("populace.uninstall_backend", text="Uninstall", icon="TRASH")
     row.operator("populace.copy_setup_log", text="", icon="COPYDOWN")
 
@@ -127,24 +141,32 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
     build = BUILDS[name]
     torch_index, package_index = preferences.indexes()
     hosts = dict.fromkeys(_host(address) for address in (torch_index or build.index, package_index))
-    python = "Blender's own" if plan["python"] == sys.executable else masked(plan["python"])
+    python = told("Blender's own") if plan["python"] == sys.executable else masked(plan["python"])
     needs = build.download_bytes + build.installed_bytes + plan["spare_bytes"]
     rows = [
-        ("Installs", f"Populace {plan['version']} with PyTorch, {build.title}"),
-        ("Download", f"About {gigabytes(build.download_bytes)} from {' and '.join(hosts)}"),
-        ("Disk", f"About {gigabytes(build.installed_bytes)} of {gigabytes(plan['free_bytes'])} free"),
+        (
+            "Installs",
+            told("Populace {version} with PyTorch, {build}", version=plan["version"], build=told(build.title)),
+        ),
+        ("Download", told("About {size} from {hosts}", size=gigabytes(build.download_bytes), hosts=", ".join(hosts))),
+        (
+            "Disk",
+            told(
+                "About {size} of {free} free", size=gigabytes(build.installed_bytes), free=gigabytes(plan["free_bytes"])
+            ),
+        ),
         ("Folder", masked(plan["folder"])),
-        ("Python", f"{plan['python_version']}, {python}" if plan["python"] else "None found"),
-        ("GPU", plan["gpu"] or "None that can be used"),
+        ("Python", f"{plan['python_version']}, {python}" if plan["python"] else told("None found")),
+        ("GPU", plan["gpu"] or told("None that can be used")),
     ]
     column = layout.column(align=True)
     for title, text in rows:
         row = column.split(factor=0.2)
-        row.label(text=title)
-        row.label(text=text)
+        row.label(text=told(title), translate=False)
+        row.label(text=text, translate=False)
     alerts = [plan["remark"], plan["problem"], plan["hint"]]
     if plan["free_bytes"] < needs:
-        alerts.append(f"Not enough space: {gigabytes(needs)} are needed while installing")
+        alerts.append(told("Not enough space: {size} are needed while installing", size=gigabytes(needs)))
     if any(alerts):
         box = layout.box().column(align=True)
         box.alert = True

@@ -381,15 +381,29 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_dask_makes_the_same_files(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _models_loaded() -> int:
+    """Runs in a worker of a cluster."""
+    from backend.batch import item
+
+    return item._model.cache_info().currsize
+
+
+def test_two_workers_of_a_dask_cluster_make_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight people, dealt out to two processes, against the same plan made in one: manifests equal to the byte, and
+    with them the hash of every file."""
     distributed = pytest.importorskip("distributed")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = tmp_path / "eight.jsonl"
+    plan.write_text(json.dumps({**SMALL, "seed": 1, "count": 8}) + "\n")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert batch(written, whole) == 0
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
-        command = ["batch", str(written), "--out", str(out), "--device", "cpu", "--dask", cluster.scheduler_address]
+    assert batch(plan, whole) == 0
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command = ["batch", str(plan), "--out", str(out), "--device", "cpu", "--dask", cluster.scheduler_address]
         assert cli.main(command) == 0
+        with distributed.Client(cluster, set_as_default=False) as client:
+            assert list(client.run(_models_loaded).values()) == [1, 1], "both worked"
     assert (out / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+    assert len(json.loads((out / "manifest.json").read_text())["items"]) == 8
     assert cli.main([*command, "--resume", "--shard", "1/1"]) == 2, "the cluster is gone"
 
 

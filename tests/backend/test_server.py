@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import trimesh
 from backend import __version__, families, packet
 from tests.faults.harness import REPOSITORY, Backend, new_id
 
+HAS_BPY = importlib.util.find_spec("bpy") is not None
 COMMAND = ["-m", "backend", "serve", "--json", "--device", "cpu"]
 SMALL = {"grid_resolution": 48, "faces": 2000, "texture_size": 512}
 TINY = {"grid_resolution": 16, "faces": 500, "texture_size": 512, "parameters": {"single": True}}
@@ -98,6 +102,59 @@ def test_glb(backend: Backend, person: tuple[str, bytes]) -> None:
     vertices = packet.loads(person[1]).parts[0].vertices
     assert np.allclose(mesh.bounds, [vertices.min(0), vertices.max(0)], atol=1e-6)
     assert backend.error("GET", f"/v1/jobs/{person[0]}/result?format=exe") == (422, "invalid_request")
+
+
+def test_obj_is_a_zip_with_its_textures(backend: Backend, person: tuple[str, bytes]) -> None:
+    status, headers, data = backend.call("GET", f"/v1/jobs/{person[0]}/result?format=obj")
+    assert (status, headers["content-type"]) == (200, "application/zip")
+    assert headers["content-disposition"] == f'attachment; filename="person-{person[0][:8]}.zip"'
+    assert backend.call("GET", f"/v1/jobs/{person[0]}/result?format=obj")[2] == data, "the same bytes again"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        names = set(archive.namelist())
+        obj, mtl = archive.read("human.obj").decode(), archive.read("human.mtl").decode()
+    assert {line.split()[-1] for line in mtl.splitlines() if line.startswith(("map_", "norm "))} <= names
+    part = packet.loads(person[1]).parts[0]
+    points = np.array([line.split()[1:] for line in obj.splitlines() if line.startswith("v ")], float)
+    assert np.allclose(points, part.vertices, atol=1e-5)
+    _, _, unreal = backend.call("GET", f"/v1/jobs/{person[0]}/result?format=obj&preset=unreal")
+    with zipfile.ZipFile(io.BytesIO(unreal)) as archive:
+        lines = archive.read("human.obj").decode().splitlines()
+    tall = np.array([line.split()[1:] for line in lines if line.startswith("v ")], float)
+    assert np.ptp(tall[:, 2]) == pytest.approx(100 * np.ptp(points[:, 1]), rel=1e-4), "centimetres, Z up"
+    for wrong in ("format=obj&lod=1", "format=obj&preset=quake"):
+        assert backend.error("GET", f"/v1/jobs/{person[0]}/result?{wrong}") == (422, "invalid_request")
+
+
+@pytest.mark.skipif(not HAS_BPY, reason="needs the bpy module")
+def test_blenders_formats_through_the_server(backend: Backend, person: tuple[str, bytes]) -> None:
+    _, _, data = backend.call("GET", f"/v1/jobs/{person[0]}/result?format=fbx&preset=unity")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.read("human.fbx").startswith(b"Kaydara FBX Binary")
+    status, headers, data = backend.call("GET", f"/v1/jobs/{person[0]}/result?format=blend")
+    assert (status, headers["content-type"]) == (200, "application/x-blender")
+    assert data[:4] in (b"\x28\xb5\x2f\xfd", b"BLEN"), "zstd or plain"
+
+
+def test_without_blenders_module_its_formats_say_what_to_do(tmp_path: Path) -> None:
+    """A server whose Python finds no bpy."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'bpy' else find(name, *a)\n"
+    )
+    made = Backend(tmp_path / "home", command=COMMAND, environment={"PYTHONPATH": str(tmp_path)}).wait_ready()
+    try:
+        job_id = made.submit(5, **TINY)
+        assert made.wait(job_id)["state"] == "done"
+        for form in ("usd", "fbx", "blend"):
+            status, _, data = made.call("GET", f"/v1/jobs/{job_id}/result?format={form}")
+            error = json.loads(data)
+            assert (status, error["code"]) == (422, "invalid_request")
+            assert f"Writing {form} needs Blender" in error["message"]
+            assert "glb or obj" in error["hint"]
+        assert made.call("GET", f"/v1/jobs/{job_id}/result?format=obj")[0] == 200
+    finally:
+        made.stop()
 
 
 def test_f16_latents_of_another_family(backend: Backend) -> None:

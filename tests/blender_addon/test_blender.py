@@ -90,7 +90,8 @@ def test_off_and_on_twenty_times_leaves_nothing(enabled: Any) -> None:
         lists = [getattr(bpy.app.handlers, name) for name in dir(bpy.app.handlers) if not name.startswith("_")]
         found += [f"handler {f.__name__}" for handlers in lists if isinstance(handlers, list)
                   for f in handlers if "populace" in f.__module__]  # fmt: skip
-        found += [name for name in ("Scene", "Object") if hasattr(getattr(bpy.types, name), "populace")]
+        found += [f"{kind}.{name}" for kind in ("Scene", "Object", "WindowManager", "Collection", "Mesh")
+                  for name in dir(getattr(bpy.types, kind)) if name.startswith("populace")]  # fmt: skip
         found += list(dir(bpy.ops.populace))
         return sorted(found)
 
@@ -100,8 +101,9 @@ def test_off_and_on_twenty_times_leaves_nothing(enabled: Any) -> None:
         addon_utils.disable(PACKAGE, default_set=True)
         assert ours() == []
         tasks = sys.modules[f"{PACKAGE}.tasks"]
-        assert not bpy.app.timers.is_registered(tasks._tick)
         assert tasks._bridge is None
+        for name, timer in (("tasks", "_tick"), ("chores", "_tick"), ("crowd.places", "_watch")):
+            assert not bpy.app.timers.is_registered(getattr(sys.modules[f"{PACKAGE}.{name}"], timer))
         assert addon_utils.enable(PACKAGE, default_set=True)
         assert ours() == whole
 
@@ -169,18 +171,131 @@ def test_insertion_is_one_named_undo_step(faked: SimpleNamespace, capfd: pytest.
     assert len(people(bpy)) == 1
 
 
-def test_insert_and_undo_twenty_times_leaves_no_datablock(faked: SimpleNamespace) -> None:
+def test_a_person_is_fetched_and_inserted_again_after_undo(faked: SimpleNamespace) -> None:
     bpy = faked.bpy
     before = counts(bpy)
     job = submit(faked)[0]
     pump_until(faked, lambda: job.taken)
     bpy.ops.ed.undo()
-    for _ in range(20):
+    for _ in range(3):
         assert bpy.ops.populace.insert_result(job_id=job.id) == {"CANCELLED"}, "it is fetched once more"
         pump_until(faked, lambda: job.taken)
         assert len(people(bpy)) == 1
         bpy.ops.ed.undo()
         assert counts(bpy) == before
+
+
+def test_insert_undo_redo_a_hundred_times_leaves_no_datablock_and_no_memory(faked: SimpleNamespace) -> None:
+    """A person whom a leak would show: half a megabyte of mesh and texture, kept a hundred times, is more than the
+    allocator's noise."""
+    bench = importlib.import_module(f"{PACKAGE}.bench")
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    faked.bpy.ops.ed.undo()
+    human = faked.packet.read(making.packet(rings=40, texture=256))
+    size = sum(a.nbytes for part in human.parts for a in vars(part).values() if hasattr(a, "nbytes"))
+    assert size > 400_000
+    found = bench._cycles(faked.tasks.session(), job, human, 100)
+    assert found["leaked"] == {}
+    assert [found[name]["count"] for name in ("insert", "undo", "redo")] == [100] * 3
+    assert people(faked.bpy) == []
+    if found["grown_mib"] is not None:  # between the 20th and the last
+        assert found["grown_mib"] < 80 * size / 2**20 / 4, "less than a quarter of what keeping them would take"
+
+
+def test_a_leak_would_be_seen(faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measure itself: an insertion that makes a datablock without a step of undo, and one that keeps memory."""
+    bench, kept = importlib.import_module(f"{PACKAGE}.bench"), []
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    faked.bpy.ops.ed.undo()
+
+    def careless(*_: Any) -> None:
+        kept.append(bytearray(b"x" * 400_000))
+
+    human, insert = faked.packet.read(making.packet()), faked.tasks._insert
+    monkeypatch.setattr(faked.tasks, "_insert", lambda *args: (insert(*args), careless()))
+    found = bench._cycles(faked.tasks.session(), job, human, 100)
+    if found["grown_mib"] is not None:
+        assert found["grown_mib"] == pytest.approx(80 * 400_000 / 2**20, rel=0.3)
+    monkeypatch.setattr(bench, "_counts", lambda: {"meshes": len(kept)})
+    assert bench._cycles(faked.tasks.session(), job, human, 2)["leaked"] == {"meshes": 2}
+
+
+def test_add_on_off_in_mid_job_and_on_again(faked: SimpleNamespace) -> None:
+    addon_utils = importlib.import_module("addon_utils")
+    submit(faked, 3)
+    faked.tasks.pump()
+    addon_utils.disable(PACKAGE, default_set=True)
+    assert faked.tasks.session() is None
+    assert not hasattr(faked.bpy.types.Object, "populace")
+    assert addon_utils.enable(PACKAGE, default_set=True)
+    faked.mode("good")  # the preferences went with it
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    assert len(people(faked.bpy)) == 1
+
+
+class _Blender:
+    """bpy as a window has it, for the reasons to wait."""
+
+    def __init__(self, bpy: Any, **jobs: bool) -> None:
+        self.app = SimpleNamespace(background=False, is_job_running=lambda name: jobs.get(name, False))
+        self.windows = [SimpleNamespace(view_layer=bpy.context.view_layer, modal_operators=[])]
+        self.context = SimpleNamespace(window_manager=SimpleNamespace(windows=self.windows))
+
+
+def test_results_wait_for_a_render_a_mode_and_a_modal_operator(
+    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, bpy = faked.tasks, faked.bpy
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    jobs: dict[str, bool] = {}
+    window = _Blender(bpy)
+    window.app.is_job_running = lambda name: jobs.get(name, False)
+    monkeypatch.setattr(tasks, "bpy", window)
+    assert tasks._reason_to_wait() == ""
+    jobs["RENDER"] = True
+    assert tasks._reason_to_wait() == "Inserted after the render"
+    jobs["RENDER"] = False
+    window.windows[0].modal_operators.append(SimpleNamespace(name="Move"))
+    assert tasks._reason_to_wait() == "Inserted after Move"
+    tasks._bridge.modal_since -= tasks.MODAL_PATIENCE_S
+    assert tasks._reason_to_wait() == "", "some run for ever"
+    window.windows[0].modal_operators.clear()
+    mesh = bpy.data.objects.new("Cube", bpy.data.meshes.new("Cube"))
+    bpy.context.scene.collection.objects.link(mesh)
+    bpy.context.view_layer.objects.active = mesh
+    bpy.ops.object.mode_set(mode="EDIT")
+    assert tasks._reason_to_wait() == "Leave Edit Mode to insert"
+    bpy.ops.object.mode_set(mode="OBJECT")
+    assert tasks._reason_to_wait() == ""
+
+
+def test_while_a_render_runs_people_wait_and_come_after_it(
+    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = [True]
+    monkeypatch.setattr(faked.tasks, "_reason_to_wait", lambda: "Inserted after the render" if running[0] else "")
+    jobs = submit(faked, 2)
+    pump_until(faked, lambda: len(faked.tasks.session().arrived) == 2)
+    faked.tasks.pump()
+    assert people(faked.bpy) == []
+    running[0] = False
+    pump_until(faked, lambda: all(job.taken for job in jobs))
+    assert len(people(faked.bpy)) == 2
+
+
+def test_the_batchs_collection_deleted_during_a_job_is_made_anew(faked: SimpleNamespace) -> None:
+    jobs = submit(faked, 2)
+    while len(faked.tasks.session().arrived) < 2:
+        faked.tasks._bridge.run_loop(0.01)
+    faked.tasks.pump()
+    (first,) = people(faked.bpy)
+    faked.bpy.data.collections.remove(first.users_collection[0])
+    pump_until(faked, lambda: all(job.taken for job in jobs))
+    assert any("collection was gone" in job.note for job in jobs)
 
 
 def test_undo_during_a_batch_makes_the_collection_anew_and_says_so(faked: SimpleNamespace) -> None:

@@ -393,21 +393,6 @@ def test_what_is_copied_as_python_runs(at_work: SimpleNamespace) -> None:
     compile(at_work.snippets.client_script(request, PACKAGE), "snippet", "exec")
 
 
-def test_translations_are_of_what_is_said(addon: SimpleNamespace) -> None:
-    """A sentence that was changed in the code and not in the tables would stay English without a word."""
-    from backend import families
-
-    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "blender_addon").glob("*.py")
-                      if path.name != "translations.py")  # fmt: skip
-    titles = {addon.attributes.title(a) for info in families.infos() for a in info.attributes}
-    parts = {part.capitalize() for info in families.infos() for part in info.parts}
-    for table in addon.translations.TABLES.values():
-        lost = [said for said in table if f'"{said}"' not in sources and f"'{said}'" not in sources
-                and said not in titles | parts]  # fmt: skip
-        assert not lost
-        assert all(said.count("{") == other.count("{") for said, other in table.items())
-
-
 def test_what_the_generator_tells_of_itself(at_work: SimpleNamespace) -> None:
     families = at_work.tasks.session().families
     people_of = at_work.tasks.session().family("people")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -163,6 +164,63 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_two_blenders_share_one_generator_and_one_quits(real: SimpleNamespace) -> None:
+    """The second Blender is a process of its own with the add-on's session; it goes on when the first one leaves."""
+    code = (
+        "import asyncio, sys\n"
+        "from blender_addon.session import Job, Session\n"
+        "from blender_addon.messages import Request\n"
+        "async def main():\n"
+        "    session = Session(asyncio.get_running_loop(), lambda: '/nowhere')\n"
+        "    for seed in (1, 2):\n"
+        "        job = Job(Request(family='capsule', seed=seed, grid_resolution=32, texture_size=512))\n"
+        "        session.submit(job)\n"
+        "        human = await session.result(job.id)\n"
+        "        print(human.asset['recipe']['seed'], flush=True)\n"
+        "        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)\n"
+        "    await session.close()\n"
+        "asyncio.run(main())\n"
+    )
+    job = submit(real, 1)[0]
+    pump_until(real, lambda: job.taken, 180)
+    left = family_of(backend(real.home))
+    second = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert second.stdin is not None
+    assert second.stdout is not None
+    with second:
+        assert second.stdout.readline() == "1\n", "by the generator that runs: it could start none"
+        real.tasks.unregister()
+        time.sleep(7)  # longer than the generator outlives its last Blender
+        assert all(is_alive(process) for process in left[:1])
+        second.stdin.write("\n")
+        second.stdin.flush()
+        assert second.stdout.readline() == "2\n"
+        second.stdin.write("\n")
+        second.stdin.flush()
+    assert second.returncode == 0
+    real.tasks.register()
+    wait_for(lambda: not any(is_alive(process) for process in left), GONE_S)
+
+
+def test_the_bench_measures_ticks_and_cycles(real: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    command = importlib.import_module(f"{PACKAGE}.command_line")
+    asked = ["bench", "--people", "2", "--cycles", "5"]
+    for name, value in SMALL.items():
+        asked += [f"--{name.replace('_', '-')}", str(value)]
+    assert command.main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ticks_inserting"]["count"] == 2
+    assert found["ticks_working"]["count"] > 2
+    for name in ("ticks_working", "ticks_inserting"):
+        row = found[name]
+        assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
+    assert found["cycles"]["leaked"] == {}
+    assert found["cycles"]["undo"]["count"] == 5
+    assert command.main(["bench", "--family", "unicorn", "--people", "1"]) == 1
+    assert "unicorn" in capsys.readouterr().err
 
 
 def test_blender_killed_in_mid_job_leaves_no_process(real: SimpleNamespace) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from . import __doc__ as ABOUT
 from .computer import BUILDS, Wheel, bytes_in, find_gpu, find_python, free_bytes
 from .home import LOG, POINTER, RECORD, Home, python_of
 from .pip import Job, fill, run
@@ -155,7 +156,7 @@ _COMMANDS: Final = {"plan": plan, "install": install, "roll_back": roll_back, "u
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done, 1: failed, 3: cancelled. The last line on stdout says the same with reasons."""
-    parser = argparse.ArgumentParser(prog="installer", description=sys.modules[__package__ or ""].__doc__)
+    parser = argparse.ArgumentParser(prog="installer", description=ABOUT)
     parser.add_argument("command", choices=sorted(_COMMANDS))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--wheel", type=Path, default=Path())
