@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backend import __main__ as cli
 from backend import families, packet, pipeline, weights
 from backend.checkpoints import convert
-from backend.families.base import Latents
+from backend.families.base import Latents, PersonPhoto
 from backend.families.get3dhuman import inversion
 from backend.families.get3dhuman.colors import GRAZING, BlendedColors, NearestColors, Picture, colored_obj, facing
 from backend.families.get3dhuman.config import CENTRE, DISTANCE, INVERSE, SCALE, Config, to_ndc
@@ -24,7 +24,8 @@ from backend.families.get3dhuman.inversion import Rates, Target
 from backend.families.get3dhuman.model import Get3DHumanModel
 from backend.families.get3dhuman.networks import Get3DHuman, RefineNet
 from backend.families.get3dhuman.tracer import trace, trace_quickly
-from backend.protocol import PopulaceError, parse_request
+from backend.protocol import Inversion, PopulaceError, parse_request
+from backend.render.camera import Camera, perspective, to_clip
 from backend.settings import Settings
 
 TINY = Config.tiny()
@@ -440,14 +441,25 @@ def test_a_picture_is_placed_as_in_training() -> None:
         inversion.place(torch.zeros(4, 9, 9))
 
 
-def test_a_picture_becomes_a_person(model: Get3DHumanModel) -> None:
-    picture = torch.zeros(4, 40, 40)
-    picture[:, 5:35, 15:25] = torch.tensor([0.8, 0.2, 0.2, 1.0])[:, None, None]
-    told = []
-    codes = model.encode(picture, lambda stage, fraction: told.append((stage, fraction)), steps=3)
-    assert told == [(stage, (i + 1) / 3) for stage in ("shape", "texture") for i in range(3)]
-    (field,) = model.decode(codes)
+def test_a_photo_becomes_a_person(model: Get3DHumanModel) -> None:
+    pixels = np.zeros((40, 60, 4), np.uint8)
+    pixels[5:35, 15:25] = (204, 51, 51, 255)
+    photo, told = PersonPhoto(pixels, (15, 5, 25, 35)), []
+    made = model.encode([photo], Inversion(steps=3), lambda stage, fraction: told.append((stage, fraction)))
+    assert told == [("fit", pytest.approx(x)) for x in (0.2, 0.4, 0.6, 0.6 + 0.4 / 3, 0.6 + 0.8 / 3, 1.0)]
+    (field,) = model.decode(made.latents)
     assert torch.isfinite(field.sdf(torch.rand(10, 3))).all()
+    assert 0 <= made.scores["mask_iou"] <= 1
+    assert math.isfinite(made.scores["psnr"])
+    lens = perspective(made.camera["fov_y_rad"], 60 / 40, 1.0, 100.0)
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.8, 0.0]])  # feet and top of the head
+    clip = to_clip(points, Camera(torch.tensor(made.camera["c2w"]).float(), lens).mvp)
+    place = (clip[:, :2] / clip[:, 3:] * torch.tensor([1, -1]) + 1) / 2 * torch.tensor([60, 40])
+    assert torch.allclose(place, torch.tensor([[20.0, 35.0], [20.0, 5.0]]), atol=0.05)
+    (mean,) = (model.encode([photo], Inversion(steps=0)).latents.codes["body/shape"],)
+    assert torch.allclose(mean, inversion.mean_code(model.networks, "shape"))
+    hasty = model.encode([photo], Inversion(steps=1000, seconds=0.01))
+    assert hasty.latents.codes["body/tex"].shape == mean.shape
 
 
 def test_constants_are_those_of_the_published_projection() -> None:

@@ -14,7 +14,7 @@ INFO = FamilyInfo(
     title="Get3DHuman",
     description="Clothed standing people by the authors' weights, which you fetch and import. Front and back are "
     "sharp, sides smooth; a new texture on the same shape follows its clothes only roughly.",
-    inputs=("seed",),
+    inputs=("seed", "image"),
     weights="get3dhuman",
     licence="research use only, as long as the authors do not say otherwise",
     companions=("get3dhuman_refine",),

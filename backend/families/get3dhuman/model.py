@@ -7,27 +7,32 @@ occupancy of the network becomes a signed distance at this door: (2 value - 1) *
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backend.families.base import AttributeValue, Latents, Step, no_step, seeded_normal
+from backend.families.base import AttributeValue, Encoded, Latents, PersonPhoto, Step, no_step, seeded_normal
 from backend.families.get3dhuman import colors, inversion
 from backend.families.get3dhuman.config import DISTANCE, INVERSE, from_metadata, to_ndc
 from backend.families.get3dhuman.networks import Get3DHuman, RefineNet, decode_shape, decode_texture
 from backend.families.get3dhuman.reading import Reader
-from backend.protocol import PopulaceError
+from backend.protocol import Inversion, PopulaceError
 from backend.weights import Weights, check_tensors
 
 CM = 100.0  # per metre
 BOUNDS = ((-1.05, -0.11, -0.75), (1.05, 2.0, 0.75))  # metres; within what the feature pictures span
 REMEMBERED = 2  # shapes and textures whose volumes are kept: re-texturing and interpolation come back to them
 EDGE = 0.01  # metres that a cut surface keeps from the box
+HEIGHT = 1.8  # metres of a person in a photo
+FAR = 50.0  # metres to a camera that sees in parallel, nearly
 ROUGHNESS = 0.8  # nothing is known of the material
 
 Look = Literal["blend", "published", "field"]
@@ -60,12 +65,31 @@ class Get3DHumanModel:
         return Latents(self.name, codes)
 
     @torch.enable_grad()
-    def encode(self, picture: Float[Tensor, "4 H W"], step: Step = no_step, steps: int = 200) -> Latents:
-        """Codes of the person in a picture with alpha, sRGB in 0..1, by optimisation: the shape, then its colours."""
-        target = inversion.place(picture.to(self.device, torch.float32), self.networks.config.resolution // 4)
-        shape, _ = inversion.fit_shape(self.networks, target, steps=steps, step=step)
-        texture, _ = inversion.fit_texture(self.networks, shape, target, steps=steps, step=step)
-        return Latents(self.name, {"body/shape": shape, "body/tex": texture})
+    def encode(
+        self, photos: Sequence[PersonPhoto], options: Inversion | None = None, step: Step = no_step
+    ) -> Encoded:
+        """Codes of the person in the first photo, by optimisation (see `inversion`): the shape, then its colours. The
+        person is taken to stand upright, to face the camera and to be 180 cm tall, as in training; 0 steps give the
+        mean one. The camera is that far away (`FAR`) which the parallel one stands for."""
+        options = options or Inversion()
+        pixels = torch.from_numpy(photos[0].rgba.copy()).to(self.device, torch.float32).permute(2, 0, 1) / 255
+        target = inversion.place(pixels, self.networks.config.resolution // 4)
+        assert target.color is not None
+        count = options.steps
+        if options.seconds is not None and count:  # so many as the time is enough for, by the first ones of each kind
+            begin = time.monotonic()
+            trial, _ = inversion.fit_shape(self.networks, target, steps=1)
+            inversion.fit_texture(self.networks, trial, target, steps=1)
+            count = max(1, min(count, int(options.seconds / (time.monotonic() - begin)) - 1))
+        shape, _ = inversion.fit_shape(self.networks, target, steps=count, step=_part(step, 0.0, 0.6))
+        texture, _ = inversion.fit_texture(self.networks, shape, target, steps=count, step=_part(step, 0.6, 0.4))
+        shown = inversion.show(self.networks, shape, texture, len(target.mask))
+        assert shown.color is not None
+        both, either = (target.mask & shown.mask).sum(), (target.mask | shown.mask).sum()
+        error = (shown.color - target.color)[target.mask].square().mean()
+        scores = {"mask_iou": float(both / either.clamp(min=1)), "psnr": float(-10 * error.clamp(min=1e-10).log10())}
+        codes = {"body/shape": shape, "body/tex": texture}
+        return Encoded(Latents(self.name, codes), {}, _camera(photos[0]), scores)
 
     def decode(self, latents: Latents, separate: bool = False, look: Look = "blend") -> Sequence[HumanVolume]:
         """One field, "human": this family knows no garments as objects. Raises `invalid_latents`."""
@@ -195,6 +219,22 @@ class HumanVolume:
         indices = torch.zeros(len(points), 4, dtype=torch.int64, device=points.device)
         return indices, points.new_tensor([1.0, 0.0, 0.0, 0.0]).expand(len(points), 4)
 
+
+
+def _part(step: Step, begin: float, share: float) -> Step:
+    return lambda stage, fraction: step("fit", begin + share * fraction)
+
+
+def _camera(photo: PersonPhoto) -> dict[str, Any]:
+    """In person space, of a photo whose matte is a person of HEIGHT metres on the floor, in the middle."""
+    rows, columns = np.nonzero(photo.rgba[..., 3] > 127)
+    height, width = photo.rgba.shape[:2]
+    metres = HEIGHT / (rows.max() + 1 - rows.min())  # per pixel
+    c2w = np.eye(4)
+    c2w[:3, 3] = ((width - columns.min() - columns.max() - 1) / 2 * metres,
+                  (rows.max() + 1 - height / 2) * metres, FAR)  # fmt: skip
+    return {"c2w": c2w.tolist(), "fov_y_rad": 2 * math.atan(height * metres / 2 / FAR), "width": width,
+            "height": height}  # fmt: skip
 
 
 def _all_rows(networks: Get3DHuman, rows: Float[Tensor, "L W"]) -> Float[Tensor, "1 R W"]:
