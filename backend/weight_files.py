@@ -221,7 +221,8 @@ def import_file(
         if manifest.embedded or file is None:
             raise PopulaceError("invalid_request", f"{source.name} is none of the files of {name!r}.",
                                 "Check that it is whole, or give it a name of your own.")  # fmt: skip
-        _check_tensors_readable(source)
+        if file.path.endswith(".safetensors"):
+            _check_tensors_readable(source)
         _copy(source, manifest.location(file, data_dir), digest)
         return manifest
     metadata = _check_tensors_readable(source)

@@ -87,12 +87,21 @@ class Weights:
         digest = hashlib.sha256(f"{self.sha256}{other.sha256}".encode()).hexdigest() if hashed else self.sha256
         return Weights(self.name, digest, self.paths + other.paths)
 
+    def path(self, name: str) -> Path:
+        """The file of this name. Raises `weights_corrupt` if there is none."""
+        for path in self.paths:
+            if path.name == name:
+                return path
+        raise _corrupt(self.name, f"{name} is missing")
+
     def read(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
         """All arrays (read-only views) and the metadata of all files. Raises `weights_corrupt` if one is not
         safetensors."""
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         metadata: dict[str, str] = {}
         for path in self.paths:
+            if path.suffix != ".safetensors":
+                continue
             try:
                 found, notes = packet.load_tensors(path.read_bytes())
             except ValueError as error:
@@ -234,8 +243,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{path.name}: name differs from the file's, or there are neither files nor how to obtain any")
     for file in files:
         parts = PurePosixPath(file.path)
-        if parts.is_absolute() or ".." in parts.parts or parts.suffix != ".safetensors" or "\\" in file.path:
-            raise ValueError(f"{path.name}: {file.path!r} is not a relative path of a .safetensors file")
+        kind = parts.suffix in (".safetensors", ".json")
+        if parts.is_absolute() or ".." in parts.parts or not kind or "\\" in file.path:
+            raise ValueError(f"{path.name}: {file.path!r} is not a relative path of a .safetensors or .json file")
         if not re.fullmatch(r"[0-9a-f]{64}", file.sha256) or file.size <= 0:
             raise ValueError(f"{path.name}: {file.path} has a bad sha256 or size")
         address = f"{file.repository}@{file.revision}"

@@ -210,7 +210,7 @@ def _crossings(
 @torch.no_grad()
 def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_step) -> TriMesh:
     """The zero surface of `field` on the lattice that `tetgrid.extract_surface` has. A field with
-    `cube_weights(points [U, 3], corners [C, 8]) -> [C, 21]` is asked for weights where the surface is.
+    `cube_weights(points [U, 3], corners [C, 8]) -> [C, 21] | None` is asked for weights where the surface is.
 
     Raises `empty_surface` if there is no surface, if it leaves the box or if the field is not finite.
     """
@@ -241,7 +241,8 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         raise PopulaceError("empty_surface", what, "Try another seed or less variation.")
     step("surface", 0.9)
     points = lattice.points(crossed.nodes.cpu().numpy().astype(np.int32), device)
-    weights = field.cube_weights(points, crossed.corners) if hasattr(field, "cube_weights") else None  # pyright: ignore
+    ask = getattr(field, "cube_weights", None)
+    weights = ask(points, crossed.corners) if ask else None
     moved = points + field.offset(points)
     at_nodes = values[tuple(crossed.nodes.T)]
     surface = dual(crossed, moved, at_nodes, weights)

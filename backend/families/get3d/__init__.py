@@ -17,7 +17,7 @@ INFO = FamilyInfo(
     title="GET3D",
     description="Textured objects of one kind (cars, chairs, motorbikes, tables) by the authors' weights, which you "
     "fetch and import. Another texture code leaves the shape alone; another shape code also changes colours a little.",
-    inputs=("seed",),
+    inputs=("seed", "image"),
     weights="get3d",
     licence="weights CC-BY-NC-SA-4.0: not for commercial use",
     parameters={
@@ -27,7 +27,10 @@ INFO = FamilyInfo(
                             "description": "First row of the shape code that is the other's: early rows are coarse"},
         "style_tex_row": {**_ROW, "title": "Texture row",
                           "description": "First row of the texture code that is the other's"},
+        "surface": {"type": "string", "enum": ["dmtet", "flexicubes"], "title": "Surface",
+                    "description": "How fields become triangles; else as in the weights' training"},
     },
+    of_decoding=("surface",),
     attributes=(Attribute("height_m", "Height", "number", 0.05, 10.0, "m"),),
     codes={"body/shape": Code(0, rows=0), "body/tex": Code(0, rows=0), "body/size": Code(1)},
 )  # fmt: skip

@@ -71,6 +71,7 @@ def config_of(found: Mapping[str, StoredTensor], file: str, own: bool) -> Config
         resolution=max(sizes), limit=shape(f"{planes}b4.const", 0), base=top * max(sizes),
         features=shape(f"{planes}b4.{head}.weight", 0) // 3, color_features=shape("synthesis.to_rgb.weight", 1),
         hidden_layers=sum(bool(re.fullmatch(rf"{re.escape(root + mlp)}\.layers\.\d+\.weight", n)) for n in found) - 1,
+        material="synthesis.to_material.weight" in found,
         surface="flexicubes" if f"{root}mlp_synthesis_weight.layers.0.weight" in found else "dmtet",
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["unified", "separate"]
+Surface = Literal["dmtet", "flexicubes"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Config:
     scale: float = 1.0  # side of the cube that the fields fill
     tet_res: int = 90  # vertices move by at most 1 / (tet_res * deformation_multiplier)
     deformation_multiplier: float = 1.0
-    surface: Literal["dmtet", "flexicubes"] = "dmtet"
+    surface: Surface = "dmtet"
+    material: bool = False  # colours are base colours, and a head tells roughness, metallic and how normals bend
 
     @property
     def blocks(self) -> int:

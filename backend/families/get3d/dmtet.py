@@ -105,14 +105,19 @@ def _edges(tets: Int[Tensor, "T 4"], vertices: int) -> Int[Tensor, "E 2"]:
 
 
 def repair(
-    sdf: Float[Tensor, "B V"], centre: int | Tensor, border: Int[Tensor, " K"]
+    sdf: Float[Tensor, "B V"], centre: int | Tensor, border: Int[Tensor, " K"], interior: bool = False
 ) -> tuple[Float[Tensor, "B V"], Float[Tensor, " B"]]:
     """Give samples that are empty or full a surface: something inside at the centre, outside on the border.
 
     Returns the values and the loss that pushes such a sample towards a change of sign, mean |sdf|, 0 for the others.
-    The repaired samples have no gradient: theirs comes by that loss.
+    The repaired samples have no gradient: theirs comes by that loss. With `interior` (FlexiCubes) a change of sign
+    counts only away from the border.
     """
-    broken = ~((sdf > 0).any(1) & (sdf < 0).any(1))
+    seen = sdf
+    if interior:
+        inner = torch.ones(sdf.shape[1], dtype=torch.bool, device=sdf.device).index_fill(0, border, False)
+        seen = sdf[:, inner]
+    broken = ~((seen > 0).any(1) & (seen < 0).any(1))
     loss = torch.where(broken, sdf.abs().mean(1), 0)
     fixed = sdf.detach().clone()
     fixed[:, centre] = 1 - sdf.detach().min()

@@ -81,8 +81,13 @@ class ModulatedLinear(nn.Module):
 
     def kernel(self, w: Float[Tensor, "1 W"]) -> Float[Tensor, "O I"]:
         """The weights as they act for one sample."""
-        kernel = self.weight * self.affine(w)
-        return kernel * (kernel.square().sum(1, keepdim=True) + EPSILON).rsqrt()
+        return modulated_kernel(self.weight, self.affine(w))[0]
+
+
+def modulated_kernel(weight: Float[Tensor, "O I"], styles: Float[Tensor, "B I"]) -> Float[Tensor, "B O I"]:
+    """Scaled per input by each sample's style, then normalised per output."""
+    kernel = weight * styles[:, None]
+    return kernel * (kernel.square().sum(2, keepdim=True) + EPSILON).rsqrt()
 
 
 class FieldMLP(nn.Module):
@@ -103,6 +108,27 @@ def run_layers(
     """Modulated linear layers with sqrt(2) lrelu between them."""
     for i, (layer, w) in enumerate(zip(layers, ws, strict=True)):
         x = layer(leaky_relu(x) if i else x, w)
+    return x
+
+
+def planes_on_axis(planes: Float[Tensor, "B 3 R R C"], g: Float[Tensor, " n"]) -> list[Float[Tensor, "B n n C"]]:
+    """Each plane at all nodes of a cubic lattice whose coordinates along every axis are `g`, in -1..1; the lower axis
+    comes first. Differentiable in the planes."""
+    weights = _weights(g, planes[0, 0])
+    return [torch.einsum("bhwc,iw,jh->bijc", plane, weights, weights) for plane in planes.unbind(1)]
+
+
+def separated(
+    parts: Sequence[Float[Tensor, "B n n C"]], mlp: FieldMLP, ws: Sequence[Float[Tensor, "B W"]]
+) -> Float[Tensor, "B N O"]:
+    """`mlp` at all nodes, in lexicographic order: its first layer is applied to the planes before they are summed.
+    Differentiable; see `on_axes` for the fast way to one number."""
+    first, (xy, yz, xz) = mlp.layers[0], parts
+    kernel = modulated_kernel(first.weight, first.affine(ws[0]))
+    xy, yz, xz = (torch.einsum("bijc,boc->bijo", part, kernel) for part in (xy, yz, xz))
+    x = (xy[:, :, :, None] + yz[:, None] + (xz + first.bias)[:, :, None]).flatten(1, 3)
+    for layer, w in zip(list(mlp.layers)[1:], list(ws)[1:], strict=True):
+        x = layer(leaky_relu(x), w)
     return x
 
 

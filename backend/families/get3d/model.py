@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from backend.families.base import AttributeValue, Latents, seeded_normal
-from backend.families.get3d.config import Config
+from backend.families.base import AttributeValue, Encoded, Latents, PersonPhoto, Step, no_step, seeded_normal
+from backend.families.get3d import inversion
+from backend.families.get3d.config import Config, Surface
 from backend.families.get3d.fields import on_axes, to_unit
 from backend.families.get3d.networks import Decoded, Generator, mixed_rows
-from backend.protocol import PopulaceError
+from backend.geometry import flexicubes
+from backend.geometry.mesh import TriMesh
+from backend.protocol import Inversion, PopulaceError
 from backend.weights import Weights, check_tensors
 
 HEIGHT_M = 1.7  # of a new shape
@@ -62,9 +65,27 @@ class Get3dModel:
             codes[name] = mapping(z, truncation_psi)[0].clone()
         return codes
 
+    @torch.enable_grad()
+    def encode(
+        self, photos: Sequence[PersonPhoto], options: Inversion | None = None, step: Step = no_step
+    ) -> Encoded:
+        """Rows of w for the object in these photos, by descent (see `inversion`). There is no encoder: with 0 steps it
+        is the mean shape. The camera is in metres about the object's middle, as the field is."""
+        options = options or Inversion()
+        found = inversion.fit(self.generator, photos, options.steps, options.seconds, step=step)
+        codes = {"body/shape": found.ws_geo, "body/tex": found.ws_tex,
+                 "body/size": torch.full((1, 1), HEIGHT_M, device=self.device)}  # fmt: skip
+        latents = Latents(self.name, codes)
+        target = inversion.place(photos[0], 8, self.device)
+        camera = found.cameras.of_photo(0, target, self.decode(latents)[0].metres)
+        return Encoded(latents, {}, camera, dict(found.scores))
+
     @torch.no_grad()
-    def decode(self, latents: Latents, separate: bool = False) -> Sequence[Get3dField]:
-        """One field, "object". Raises `invalid_latents`, and `empty_surface` for a shape without a surface."""
+    def decode(
+        self, latents: Latents, separate: bool = False, surface: Surface | None = None
+    ) -> Sequence[Get3dField]:
+        """One field, "object". `surface` says how it becomes triangles; left to itself as in the weights' training.
+        Raises `invalid_latents`, and `empty_surface` for a shape without a surface."""
         width = self.config.w_dim
         wanted = {"body/shape": (self.config.geo_rows, width), "body/tex": (self.config.tex_rows, width),
                   "body/size": (1, 1)}  # fmt: skip
@@ -78,7 +99,10 @@ class Get3dModel:
         codes = {name: code.to(self.device, torch.float32) for name, code in latents.codes.items()}
         decoded = self.generator.synthesis(codes["body/shape"][None], codes["body/tex"][None])
         separable = self.config.kind == "unified" and self.config.hidden_layers == 1
-        return [(PlaneField if separable else Get3dField)(decoded, float(codes["body/size"]))]
+        dual = (surface or self.config.surface) == "flexicubes"
+        kinds = {(False, False): Get3dField, (True, False): PlaneField, (False, True): DualField,
+                 (True, True): DualPlaneField}  # fmt: skip
+        return [kinds[separable, dual](decoded, float(codes["body/size"]))]
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:
         return {"height_m": float(latents.codes["body/size"])}
@@ -140,7 +164,17 @@ class Get3dField:
 
     def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         """The published generators know none."""
-        return points.new_tensor([ROUGHNESS, 0.0]).expand(len(points), 2)
+        if not self.decoded.synthesis.config.material:
+            return points.new_tensor([ROUGHNESS, 0.0]).expand(len(points), 2)
+        return self._asked(points, lambda p: self.decoded.to_material(self.decoded.features(p))[0])
+
+    @property
+    def bend(self) -> Callable[[Float[Tensor, "N 3"]], Float[Tensor, "N 3"]] | None:
+        """What is added to the surface's unit normals, if the generator knows: baking puts it into the normal map."""
+        return self._bend if self.decoded.synthesis.config.material else None
+
+    def _bend(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        return self._asked(points, lambda p: self.decoded.to_material(self.decoded.features(p))[1])
 
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return self._asked(points, self.decoded.offset) * self.metres
@@ -172,6 +206,26 @@ class PlaneField(Get3dField):
             rim = axis.abs().cpu().numpy() - self.side / 2 * self.metres * (1 - _RIM)
             np.maximum(values, np.expand_dims(rim, [i for i in range(3) if i != k]), out=values)
         return values
+
+
+class DualField(Get3dField):
+    """A shape that becomes triangles by FlexiCubes: half as many, which follow edges better."""
+
+    def extract(self, grid_resolution: int, step: Step = no_step) -> TriMesh:
+        """As `tetgrid.extract_surface`, by which the pipeline goes where a field has no way of its own."""
+        return flexicubes.extract_surface(self, grid_resolution, step)
+
+    def cube_weights(
+        self, points: Float[Tensor, "U 3"], corners: Int[Tensor, "C 8"]
+    ) -> Float[Tensor, "C 21"] | None:
+        """Learned ones if the generator was made for FlexiCubes."""
+        if self.decoded.synthesis.config.surface != "flexicubes":
+            return None
+        return self.decoded.weights(points[None] / self.metres, corners)[0]
+
+
+class DualPlaneField(DualField, PlaneField):
+    """Both."""
 
 
 def _reach(raw: Float[np.ndarray, "X Y Z"]) -> float:

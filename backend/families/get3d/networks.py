@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from backend.families.get3d.config import Config
@@ -32,6 +32,7 @@ from backend.networks.stylegan2 import (
 )
 
 Rows = Sequence[Float[Tensor, "B W"]]
+BEND = 0.5  # the most that a learned normal differs from the surface's, per axis
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Decoded:
         """By how much a grid vertex moves: tanh(def) / (tet_res multiplier), not scaled by the cube."""
         return torch.tanh(self.deform(points)) * self.synthesis.config.reach
 
+    def weights(self, points: Float[Tensor, "B N 3"], cubes: Int[Tensor, "C 8"]) -> Float[Tensor, "B C 21"]:
+        """FlexiCubes' weights of cubes whose corners are these points; generators made for it have them."""
+        return self.synthesis.read_weights(self, points, cubes)
+
     def features(self, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N F"]:
         """Of the texture field."""
         return self.synthesis.read_features(self, points)
@@ -67,10 +72,19 @@ class Decoded:
 
     def to_rgb(self, features: Float[Tensor, "B N F"]) -> Float[Tensor, "B N 3"]:
         """Modulated, without demodulation; zeros (nothing there) give the bias."""
-        layer, clamp = self.synthesis.to_rgb, self.synthesis.config.clamp
+        return self._head(self.synthesis.to_rgb, features)
+
+    def to_material(self, features: Float[Tensor, "B N F"]) -> tuple[Float[Tensor, "B N 2"], Float[Tensor, "B N 3"]]:
+        """Roughness and metallic in 0..1, and what is added to unit normals, each part within +-BEND. Generators with
+        `Config.material` tell it."""
+        raw = self._head(self.synthesis.to_material, features)
+        return torch.sigmoid(raw[..., :2]), BEND * torch.tanh(raw[..., 2:])
+
+    def _head(self, layer: Head, features: Float[Tensor, "B N F"]) -> Float[Tensor, "B N O"]:
+        clamp = self.synthesis.config.clamp
         styles = layer.affine(self.color_row) / math.sqrt(features.shape[2])
-        rgb = modulated_linear(features, layer.weight[:, :, 0, 0], layer.bias, styles, demodulate=False)
-        return rgb if clamp is None else rgb.clamp(-clamp, clamp)
+        out = modulated_linear(features, layer.weight[:, :, 0, 0], layer.bias, styles, demodulate=False)
+        return out if clamp is None else out.clamp(-clamp, clamp)
 
 
 class Synthesis(nn.Module, ABC):
@@ -80,6 +94,11 @@ class Synthesis(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.to_rgb = Head(config.color_features, 3, config.w_dim, config.clamp)
+        if config.material:
+            self.to_material = Head(config.color_features, 5, config.w_dim, config.clamp)
+            with torch.no_grad():  # begins as a dull plastic without bumps, and can learn from there
+                self.to_material.weight.mul_(0.1)
+                self.to_material.bias.copy_(torch.tensor([0.5, -3.0, 0.0, 0.0, 0.0]))
 
     @abstractmethod
     def forward(
@@ -91,6 +110,11 @@ class Synthesis(nn.Module, ABC):
 
     @abstractmethod
     def read_deform(self, decoded: Decoded, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N 3"]: ...
+
+    def read_weights(
+        self, decoded: Decoded, points: Float[Tensor, "B N 3"], cubes: Int[Tensor, "C 8"]
+    ) -> Float[Tensor, "B C 21"]:
+        raise NotImplementedError("only the unified generator has a head for FlexiCubes' weights")
 
     @abstractmethod
     def read_features(self, decoded: Decoded, points: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N F"]: ...
@@ -144,7 +168,7 @@ class UnifiedSynthesis(Synthesis):
         return self.generator.mlp_synthesis_tex(features, decoded.tex_rows)
 
     def read_weights(
-        self, decoded: Decoded, points: Float[Tensor, "B N 3"], cubes: Tensor
+        self, decoded: Decoded, points: Float[Tensor, "B N 3"], cubes: Int[Tensor, "C 8"]
     ) -> Float[Tensor, "B C 21"]:
         """FlexiCubes' weights of cubes [C, 8] of lattice points, times 0.1: from the features of all eight corners."""
         features = read_planes(decoded.geometry[0], to_unit(points, self.config.scale))
