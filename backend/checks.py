@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from backend import families, poses
 from backend.protocol import (
+    PHOTO_POSE,
     GenerateRequest,
     Mix,
     PopulaceError,
@@ -31,11 +32,16 @@ def check(request: GenerateRequest) -> None:
     """Raises `unknown_family`, `invalid_request` or `invalid_latents`, each with what there is to choose from."""
     info = families.info(request.family)
     families.check_parameters(request.family, request.parameters)
-    if request.pose not in poses.pose_names():
+    if request.photos and "image" not in info.inputs:
+        able = [other.name for other in families.infos() if "image" in other.inputs]
+        raise PopulaceError("invalid_request", f"The family {request.family!r} makes nobody from photos.",
+                            f"These do: {', '.join(able) or 'none yet'}.")  # fmt: skip
+    if request.pose not in poses.pose_names() and not (request.photos and request.pose == PHOTO_POSE):
         raise PopulaceError("invalid_request", f"There is no pose called {request.pose!r}.",
                             f"Choose one of: {', '.join(poses.pose_names())}.")  # fmt: skip
     _shape_keys(info, request.shape_keys)
     _codes(info, request.latents or {})
+    _parts(info, (name.partition("/")[0] for name in request.latent_maps))
     for edit in request.edits:
         match edit:
             case Mix(other=other):

@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxtyping import UInt8
+from torch import Tensor
+
 from backend import checks, families, latents, words
 from backend.families.base import FamilyModel, Latents
 from backend.protocol import (
@@ -18,15 +24,29 @@ from backend.protocol import (
     Words,
 )
 
+Maps = Mapping[str, UInt8[Tensor, "H W 4"]]
+"""Pixels of `latent_maps` by the id that a request has for them."""
 
-def choose_latents(request: GenerateRequest, model: FamilyModel) -> Latents:
-    """Raises `invalid_latents` and `invalid_request` before anything is computed, and where an edit cannot be done."""
+
+def choose_latents(
+    request: GenerateRequest, model: FamilyModel, maps: Maps | None = None, seen: Latents | None = None
+) -> Latents:
+    """The person of the request, or of photos in which the family has `seen` one, after all edits.
+
+    Raises `invalid_latents` and `invalid_request` before anything is computed, and where an edit cannot be done.
+    """
     checks.check(request)
-    seeded = model.sample(request.seed, request.truncation_psi, request.parameters)
-    now = _given(seeded, request.latents or {}, model)
+    now = seen
+    if now is None:
+        seeded = model.sample(request.seed, request.truncation_psi, request.parameters)
+        now = _with_maps(_given(seeded, request.latents or {}, model), request.latent_maps, maps)
     for edit in _steps(request):
-        now = apply(edit, now, request, model)
+        now = apply(edit, now, request, model, maps)
     return now
+
+
+def _with_maps(person: Latents, names: Mapping[str, str], maps: Maps | None) -> Latents:
+    return replace(person, maps={name: (maps or {})[image] for name, image in names.items()}) if names else person
 
 
 def words_ignored(request: GenerateRequest) -> list[str]:
@@ -40,7 +60,7 @@ def words_ignored(request: GenerateRequest) -> list[str]:
     ]
 
 
-def apply(edit: Edit, now: Latents, request: GenerateRequest, model: FamilyModel) -> Latents:
+def apply(edit: Edit, now: Latents, request: GenerateRequest, model: FamilyModel, maps: Maps | None = None) -> Latents:
     """One edit of one person; seeds are drawn with the truncation and parameters of the request."""
     info = families.info(model.name)
 
@@ -52,7 +72,7 @@ def apply(edit: Edit, now: Latents, request: GenerateRequest, model: FamilyModel
             return sample(other.seed, other.truncation_psi)
         whole = latents.from_rows(model.name, other.latents or {}, model.device)
         checks.complete(info, whole.codes, latents.parts_of(now)[0])
-        return whole
+        return _with_maps(whole, other.latent_maps, maps)
 
     match edit:
         case Mix():
@@ -67,10 +87,10 @@ def apply(edit: Edit, now: Latents, request: GenerateRequest, model: FamilyModel
         case Reroll():
             return latents.reroll(now, sample(edit.seed), edit.lock, edit.kinds)
         case SetValues():
-            return model.edit(now, edit.values)
+            return latents.keep_maps(now, model.edit(now, edit.values))
         case Words():
             said = words.understand(edit.text, info.attributes, model.describe(now))
-            return model.edit(now, said.values) if said.values else now
+            return latents.keep_maps(now, model.edit(now, said.values)) if said.values else now
 
 
 def _given(seeded: Latents, rows: dict[str, list[list[float]]], model: FamilyModel) -> Latents:

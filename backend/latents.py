@@ -2,7 +2,8 @@
 """Arithmetic on people: mix, vary, take parts, remove, re-roll. Pure functions on `Latents` of one family.
 
 A code is called PART/KIND; a part is worn if it has codes, and its shape never goes without its looks. What only one
-of two people wears cannot be blended: it changes sides as a whole, at `SWITCH`, if shapes are to change at all.
+of two people wears cannot be blended: it changes sides as a whole, at `SWITCH`, if shapes are to change at all. Maps
+belong to the looks of their part, and change sides likewise.
 """
 
 from __future__ import annotations
@@ -77,13 +78,29 @@ def remove(latents: Latents, parts: Collection[str]) -> Latents:
     if body in parts:
         raise PopulaceError("invalid_request", f"The part {body!r} cannot be taken off.",
                             f"This person wears: {', '.join(worn) or 'nothing'}.")  # fmt: skip
-    return Latents(latents.family, {n: c for n, c in latents.codes.items() if n.partition("/")[0] not in parts})
+    codes, maps = ({n: x for n, x in named.items() if n.partition("/")[0] not in parts}
+                   for named in (latents.codes, latents.maps))  # fmt: skip
+    return Latents(latents.family, codes, maps)
 
 
 def reroll(latents: Latents, sample: Latents, lock: Collection[str] = (), kinds: Collection[str] = KINDS) -> Latents:
     """Everything from `sample` but the locked parts. With kinds ("tex",): new looks on the same geometry."""
     parts = [part for part in (*parts_of(latents), *parts_of(sample)) if part not in lock]
     return _towards(latents, sample, 1.0, parts, kinds, lambda name, x, y: y)
+
+
+def keep_maps(before: Latents, after: Latents) -> Latents:
+    """`after` an edit of codes: maps of parts whose looks are as they were, unless the family itself saw to maps."""
+    if after.maps or not before.maps:
+        return after
+    kept = {}
+    for name, shown in before.maps.items():
+        part = name.partition("/")[0]
+        mine, theirs = ({n: c for n, c in p.codes.items() if n.partition("/")[0] == part} for p in (before, after))
+        looks = [n for n in mine if n.partition("/")[2] == "tex"]
+        if theirs and all(n in theirs and torch.equal(mine[n], theirs[n].to(mine[n])) for n in looks):
+            kept[name] = shown
+    return Latents(after.family, after.codes, kept)
 
 
 def to_rows(latents: Latents) -> dict[str, list[list[float]]]:
@@ -106,16 +123,21 @@ def _towards(
 ) -> Latents:
     """Part by part: codes that both have are blended by `between`, parts of only one change sides at `SWITCH`."""
     codes: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
     for part in dict.fromkeys((*parts_of(a), *parts_of(b))):
         mine, theirs = ({n: c for n, c in p.codes.items() if n.partition("/")[0] == part} for p in (a, b))
+        is_other = amount >= SWITCH and (parts is None or part in parts)
         if parts is not None and part not in parts:
             codes |= mine
         elif mine.keys() == theirs.keys():
             codes |= {n: between(n, x, theirs[n].to(x)) if n.partition("/")[2] in kinds else x
                       for n, x in mine.items()}  # fmt: skip
+            is_other &= "tex" in kinds
         else:
-            codes |= theirs if amount >= SWITCH and "shape" in kinds else mine
-    return Latents(a.family, codes)
+            is_other &= "shape" in kinds
+            codes |= theirs if is_other else mine
+        maps |= {n: m for n, m in (b if is_other else a).maps.items() if n.partition("/")[0] == part}
+    return Latents(a.family, codes, maps)
 
 
 def _weighted(x: Tensor, y: Tensor, of_x: float, of_y: float) -> Tensor:

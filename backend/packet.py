@@ -19,6 +19,8 @@ The packet is a safetensors file (8 bytes header length, JSON header, raw little
     rig/key_heads           f32 [K,J,3] what each shape key adds to `heads`; with shape keys only, may be absent
     rig/key_translation     f32 [K,3]  what each adds to `translation`, so that the posed person stands on y = 0
     latents/<name>          f32 [L,C]
+    maps/<part>/photo.png   u8  [n]    what photos showed of a part, RGBA, in the family's own layout; belongs to the
+                                       part's latents
     thumbnail.png           u8  [n]    the person in a small picture; older packets have none
 
 `__metadata__` holds "schema" and "asset": JSON with "parts" (one object per part, with its "name" and, of a coarser
@@ -32,8 +34,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,7 @@ class HumanAsset:
     rig: RigArrays | None
     meta: Mapping[str, Any]
     thumbnail_png: bytes | None = None
+    maps: Mapping[str, bytes] = field(default_factory=dict)  # "PART/photo": PNG bytes
 
     def part_name(self, i: int) -> str:
         return str(self.meta["parts"][i]["name"])
@@ -133,15 +136,16 @@ class HumanAsset:
             return None
         return Bones(tuple(self.meta["bones"]), self.rig.parents, self.rig.heads, self.rig.tails)
 
-    def in_pose(self, name: str) -> HumanAsset:
-        """The same person in a pose of `poses.pose_names()`, standing on y = 0. Raises `invalid_request`."""
+    def in_pose(self, name: str, own: Mapping[str, Sequence[float]] | None = None) -> HumanAsset:
+        """The same person in a pose of `poses.pose_names()`, standing on y = 0; rotations of one's `own` (wxyz by bone)
+        go over it. Raises `invalid_request`."""
         if self.rig is None or self.skeleton is None:
-            if name == REST:
+            if name == REST and not own:
                 return self
             raise PopulaceError("invalid_request", "This person has no skeleton and cannot be posed.",
                                 'Ask for the pose "rest".')  # fmt: skip
-        rotations, translation = place(name, self.skeleton, [self.parts[i] for i in self.at_lod(0)])
-        if name == REST:
+        rotations, translation = place(name, self.skeleton, [self.parts[i] for i in self.at_lod(0)], own)
+        if name == REST and not own:
             return replace(self, rig=replace(self.rig, rotations=None, translation=None, key_translation=None))
         posed = replace(self.rig, rotations=rotations, translation=translation)
         return replace(self, rig=replace(posed, key_translation=self._lifts(posed)))
@@ -186,6 +190,7 @@ def dumps(asset: HumanAsset) -> bytes:
                 "rig/key_heads": asset.rig.key_heads, "rig/key_translation": asset.rig.key_translation}  # fmt: skip
         tensors |= {name: array for name, array in pose.items() if array is not None}
     tensors |= {f"latents/{name}": codes for name, codes in asset.latents.items()}
+    tensors |= {f"maps/{name}.png": np.frombuffer(png, np.uint8) for name, png in asset.maps.items()}
     if asset.thumbnail_png is not None:
         tensors["thumbnail.png"] = np.frombuffer(asset.thumbnail_png, np.uint8)
     meta = json.dumps(asset.meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -254,9 +259,11 @@ def _asset(tensors: dict[str, Array], metadata: dict[str, str]) -> HumanAsset:
     if any(codes.ndim != 2 or codes.dtype != "<f4" or not np.isfinite(codes).all() for codes in latents.values()):
         raise PacketError("latents are not finite rows of numbers")
     thumbnail = _png(left, "thumbnail.png") if "thumbnail.png" in left else None
+    shown = {f"maps/{part}/photo.png": f"{part}/photo" for part in {name.partition("/")[0] for name in latents}}
+    maps = {shown[name]: _png(left, name) for name in sorted(shown.keys() & left.keys())}
     if left:
         raise PacketError(f"unknown array {min(left)}")
-    return HumanAsset(parts, latents, rig, meta, thumbnail)
+    return HumanAsset(parts, latents, rig, meta, thumbnail, maps)
 
 
 def _part(left: dict[str, Array], at: str, rig: RigArrays | None, keys: int) -> Part:

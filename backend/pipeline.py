@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from scipy.sparse import coo_array, csgraph
 
-from backend import __version__, families, shape_keys
+from backend import __version__, checks, families, shape_keys
 from backend.edits import choose_latents, words_ignored
 from backend.families.base import FamilyModel, HumanField, Latents, Step, no_step
 from backend.geometry.bake import bake
@@ -32,7 +32,9 @@ from backend.geometry.simplify import simplify
 from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.packet import HumanAsset, Part, RigArrays
+from backend.photo import people_in
 from backend.photo.album import Images
+from backend.poses import own_rows
 from backend.protocol import GenerateRequest, PopulaceError
 from backend.render.thumbnail import thumbnail
 from backend.shape_keys import ShapeKey
@@ -40,6 +42,8 @@ from backend.shape_keys import ShapeKey
 # Share of each stage in the whole, as measured on a CPU; it only shapes the progress bar.
 STAGES = {"sample": 0.02, "decode": 0.1, "surface": 0.4, "clean": 0.06, "simplify": 0.06, "unwrap": 0.06,
           "bake": 0.18, "shape keys": 0.02, "encode": 0.1}  # fmt: skip
+PHOTO_STAGES = {"photo": 0.05, "invert": 0.5}  # where there are photos; the others share what is left
+_LED_TO_LATENTS = ("latents", "latent_maps", "photos", "inversion", "prompt", "edits")  # of a request
 PIECE = 0.4  # of the largest piece's volume from which on another one belongs to an object: the second shoe
 MIN_FACES = 100  # of one object at a coarse level of detail
 HANDLE_FACES = 25  # that each handle of the surface needs at least; with fewer the shape would have to pay for them
@@ -50,17 +54,30 @@ MIN_TEXTURE = 256
 def generate(
     request: GenerateRequest, model: FamilyModel, step: Step = no_step, images: Images | None = None
 ) -> tuple[HumanAsset, dict[str, dict[str, Any]]]:
-    """Run one request. `step(stage, fraction of the whole)` reports progress, raises `Cancelled` to stop.
+    """Run one request. `step(stage, fraction of the whole)` reports progress, raises `Cancelled` to stop; `images` are
+    those that the request names.
 
     Returns the person, the same for the same request on the same device, and the run's stats: seconds, peak memory
-    and counts per stage. Raises `invalid_latents`, `invalid_request` and `empty_surface`.
+    and counts per stage. Raises `invalid_latents`, `invalid_request`, `empty_surface`, and of photos `image_missing`,
+    `image_unreadable`, `too_large`, `no_person_found`, `mask_needed`.
     """
-    clock = _Clock(step)
+    clock = _Clock(step, PHOTO_STAGES if request.photos else {})
+    seen = None
+    if request.photos:
+        checks.check(request)
+        with clock.stage("photo"):
+            photos = people_in.read(request, images, clock.step)
+        with clock.stage("invert"):
+            seen = people_in.encode(photos, request, model, clock.step)
     with clock.stage("sample"):
-        latents = choose_latents(request, model)
+        maps = people_in.maps_of(request, images)
+        latents = choose_latents(request, model, maps, None if seen is None else seen.encoded.latents)
     with clock.stage("decode"):
         chosen = families.of_decoding(request.family, request.parameters) if request.parameters else {}
         fields = model.decode(latents, separate=request.separate, **chosen)
+        pose, own = people_in.pose_of(request, seen)
+        if own and (rig := next((field.rig for field in fields if field.rig is not None), None)):
+            own_rows(rig, own)  # bones that there are not are told before the work
     clock.parts, clock.lods = len(fields), request.lods
     pieces = PIECE if request.separate else 1.0
     fine = []
@@ -90,7 +107,11 @@ def generate(
         meshes = [(field, mesh) for field, _, mesh, _ in made]
         keys = shape_keys.make(request.shape_keys, latents, model, meshes, request.separate, clock.step)
     with clock.stage("encode"):
-        asset = _assemble(made, keys, latents, request, model).in_pose(request.pose)
+        asset = _assemble(made, keys, latents, request, model)
+        if seen is not None:
+            asset = replace(asset, meta={**asset.meta, "photo": seen.facts(asset, _heights(made)[0])})
+        recipe = {**asset.meta["recipe"], "pose": pose, "joint_rotations": {k: list(q) for k, q in own.items()} or None}
+        asset = replace(asset, meta={**asset.meta, "recipe": recipe}).in_pose(pose, own)
     clock.counts |= {"fine_faces": total, "faces": asset.meta["stats"]["faces"]}
     return asset, clock.stats()
 
@@ -128,8 +149,8 @@ def _assemble(
     model: FamilyModel,
 ) -> HumanAsset:
     """Arrays for the packet: the lowest point of the person on the floor, maps encoded, facts written down."""
-    heights = [y for _, lod, mesh, _ in made if lod == 0 for y in mesh.vertices[:, 1].aminmax()]
-    floor, height = float(min(heights)), float(max(heights)) - float(min(heights))
+    floor, top = _heights(made)
+    height = top - floor
     drop = np.array([0, floor, 0], np.float32)
     rise = _rise(made, keys, floor)
     offsets = [_numpy(torch.stack([key.moves[i] for key in keys.values()]), np.float32) + rise
@@ -163,22 +184,31 @@ def _assemble(
         if joints := [key.joints for key in keys.values() if key.joints is not None]:
             arrays = replace(arrays, key_heads=_numpy(torch.stack(joints), np.float32) + rise)
     ignored, asked = words_ignored(request), request.model_dump(mode="json")
+    from_photos = {"photos": len(request.photos), "inversion": asked["inversion"]} if request.photos else {}
     meta = {
         "parts": facts,
         "bones": list(rig.names) if rig else [],
         **({"shape_keys": list(keys)} if keys else {}),
         "attributes": {**model.describe(latents), "height_m": round(height, 4)},
         # With the latents of the packet the recipe makes this person again, so what led to them stands aside.
-        "recipe": {**{k: v for k, v in asked.items() if k not in ("latents", "prompt", "edits")},
+        "recipe": {**{k: v for k, v in asked.items() if k not in _LED_TO_LATENTS},
                    "version": __version__, "weights_sha256": model.weights_sha256},
-        **({"asked": {"prompt": request.prompt, "edits": asked["edits"]}} if request.prompt or request.edits else {}),
+        **({"asked": {"prompt": request.prompt, "edits": asked["edits"]} | from_photos}
+           if request.prompt or request.edits or request.photos else {}),
         **({"words_ignored": ignored} if ignored else {}),
         "stats": {"faces": sum(fact["faces"] for fact in facts if fact["lod"] == 0),
                   "closed": all(fact["closed"] for fact in facts)},
     }  # fmt: skip
     picture = thumbnail([(mesh, textures.base_color) for _, lod, mesh, textures in made if lod == 0])
     codes = {k: _numpy(v, np.float32) for k, v in latents.codes.items()}
-    return HumanAsset(tuple(parts), codes, arrays, meta, picture)
+    shown = {name: _png(pixels) for name, pixels in latents.maps.items()}
+    return HumanAsset(tuple(parts), codes, arrays, meta, picture, shown)
+
+
+def _heights(made: Sequence[tuple[HumanField, int, TriMesh, Textures]]) -> tuple[float, float]:
+    """Of the lowest and the highest vertex, in person space."""
+    heights = [float(y) for _, lod, mesh, _ in made if lod == 0 for y in mesh.vertices[:, 1].aminmax()]
+    return min(heights), max(heights)
 
 
 def _rise(
@@ -217,8 +247,10 @@ def _numpy(tensor: torch.Tensor, dtype: Any) -> np.ndarray[Any, Any]:
 class _Clock:
     """Turns fractions of stages into a monotone fraction of the whole; measures seconds and peak memory per stage."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, before: Mapping[str, float]) -> None:
+        """`before`: shares of stages that come before all others and take them from the whole."""
         self._report = step
+        self._shares = {name: share * (1 - sum(before.values())) for name, share in STAGES.items()} | dict(before)
         self._stage = ""
         self._share = 0.0  # of the current stage in the whole
         self._done = 0.0  # what all finished stages made up
@@ -232,10 +264,10 @@ class _Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything inside belongs to this stage; from "surface" to "bake" they run once per part or more."""
-        self._stage = name
+        self._stage = next(iter(people_in.STAGES)) if name == "invert" else name
         runs = {"surface": self.parts, "clean": self.parts}
         runs |= dict.fromkeys(("simplify", "unwrap", "bake"), self.parts * self.lods)
-        self._share = STAGES[name] / runs.get(name, 1)
+        self._share = self._shares[name] / runs.get(name, 1)
         self.step(name, 0.0)
         _reset_peak_rss()
         if on_gpu := torch.cuda.is_initialized():
@@ -252,7 +284,10 @@ class _Clock:
         self._done += self._share
 
     def step(self, stage: str, fraction: float) -> None:
-        """What the stages call: `fraction` of the current stage, under whatever name they give it."""
+        """What the stages call: `fraction` of the current stage, under whatever name they give it; those of the
+        inversion are reported under their own."""
+        if self._stage in people_in.STAGES and stage in people_in.STAGES:
+            self._stage = stage
         whole = self._done + self._share * min(max(fraction, 0.0), 1.0)
         self._told = min(max(self._told, whole), 1.0)  # sums of shares differ in their last digit
         self._report(self._stage, self._told)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol
@@ -99,14 +99,31 @@ def pose(name: str, rig: Skeleton) -> tuple[Array, Array]:
     return rotations.astype(np.float32), translation.astype(np.float32)
 
 
-def place(name: str, rig: Skeleton, parts: Iterable[Skinned]) -> tuple[Array, Array]:
-    """As `pose`, with the translation that lets the lowest vertex of the posed `parts` stand exactly on y = 0.
+def own_rows(rig: Skeleton, rotations: Iterable[str]) -> dict[str, int]:
+    """The bones in `rig` that these names mean: its own, or the poses'. Raises `invalid_request`."""
+    own = {bone: j for j, bone in enumerate(rig.names)}
+    usual = {_usual(bone): j for bone, j in own.items()}
+    found = {bone: own.get(bone, usual.get(bone, -1)) for bone in rotations}
+    if wrong := [bone for bone, j in found.items() if j < 0]:
+        raise PopulaceError("invalid_request", f"This person has no bone {wrong[0]!r} to turn.",
+                            f"There are: {', '.join(rig.names)}.")  # fmt: skip
+    return found
+
+
+def place(
+    name: str, rig: Skeleton, parts: Iterable[Skinned], own: Mapping[str, Sequence[float]] | None = None
+) -> tuple[Array, Array]:
+    """As `pose`, with rotations of one's `own` in the place of the pose's, and with the translation that lets the
+    lowest vertex of the posed `parts` stand exactly on y = 0.
 
     The rest pose is left alone: it stands where it was generated.
     """
     rotations, translation = pose(name, rig)
+    for bone, j in own_rows(rig, own or ()).items():
+        turn = np.asarray((own or {})[bone], np.float64)
+        rotations[j] = turn / np.linalg.norm(turn) * (1 if turn[0] >= 0 else -1)
     skinned = [part for part in parts if part.skin_indices is not None]
-    if name != REST and skinned:
+    if (name != REST or own) and skinned:
         translation[0, 1] -= min(
             float(skin(p.vertices, p.skin_indices, p.skin_weights, rig, rotations, translation)[:, 1].min())
             for p in skinned

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from backend.families.base import AttributeValue, Latents, Rig, seeded_normal
-from backend.protocol import PopulaceError
+from backend.families.base import AttributeValue, Encoded, Latents, PersonPhoto, Rig, Step, seeded_normal
+from backend.protocol import Inversion, PopulaceError
 
 # One bone per line: name, parent, region, start, end, start and end radius, for a person 1.7 m tall; A-pose.
 # Lines whose name ends in ".L" (+X) are mirrored to ".R".
@@ -69,11 +69,18 @@ class CapsuleModel:
         part = next(iter(latents.codes)).partition("/")[0]
         shape = latents.codes[f"{part}/shape"][0].double().cpu().numpy()
         palette = torch.sigmoid(_CONTRAST * latents.codes[f"{part}/tex"]).reshape(len(REGIONS), 2, 3)
+        photo = latents.maps.get(f"{part}/photo")
         if part == "single":
             length, radius = 1.2 * np.exp(0.1 * np.tanh(shape[0])), 0.25 * np.exp(0.2 * np.tanh(shape[1]))
             ends = np.array([[[0, radius, 0], [0, radius + length, 0]]])
             return [CapsuleField(ends, np.array([[radius, radius]]), np.zeros(1, np.int64), None, palette)]
-        return [_person(shape, palette)]
+        return [_person(shape, palette, photo)]
+
+    def encode(self, photos: Sequence[PersonPhoto], options: Inversion, step: Step) -> Encoded:
+        """See `photo.people_in.PhotoModel`."""
+        from backend.families.capsule.photo import encode
+
+        return encode(self, photos, options, step)
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:
         """Exact: the height is that of the surface. Of a single capsule nothing is said."""
@@ -100,9 +107,9 @@ class CapsuleModel:
         plain = torch.equal(tex[:, 0], tex[:, 1])
         for name, regions in _COLORED.items():
             if name in values:
-                code = torch.logit(torch.tensor(values[name], dtype=torch.float64), 1e-4) / _CONTRAST
+                color: Any = values[name]
                 for region in regions:
-                    tex[REGIONS.index(region), slice(2) if plain else 0] = code.to(tex)
+                    tex[REGIONS.index(region), slice(2) if plain else 0] = torch.tensor(color_code(color)).to(tex)
         height: Any = values.get("height_m", _height(shape))
         if "weight" in values:
             weight: Any = values["weight"]
@@ -112,6 +119,12 @@ class CapsuleModel:
             shape[0] = _atanh(growth / _REACH[0]) / _SLOPE[0]
         codes = {"body/shape": torch.from_numpy(shape[None]), "body/tex": tex.reshape(1, -1)}
         return Latents("capsule", {name: code.to(latents.codes[name]) for name, code in codes.items()})
+
+
+def color_code(rgb: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The code f64 [3] of a colour in 0..1."""
+    inside = np.clip(np.asarray(rgb, np.float64), 1e-4, 1 - 1e-4)
+    return np.log(inside / (1 - inside)) / _CONTRAST
 
 
 def _atanh(x: float) -> float:
@@ -133,13 +146,16 @@ class CapsuleField:
         regions: Int[np.ndarray, " K"],
         rig: Rig | None,
         palette: Float[Tensor, "R 2 3"],
+        photo: UInt8[Tensor, "H W 4"] | None = None,
     ) -> None:
+        """`photo` shows the person from in front, from the soles to the crown, as wide as high."""
         device = palette.device
         self.rig = rig
         self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
         self.radii = torch.tensor(radii, dtype=torch.float32, device=device)
         self._regions = torch.tensor(regions, device=device)
         self._palette = palette
+        self._photo = None if photo is None else photo.to(device).float() / 255
         reach = self.radii[..., None]
         self.bounds = torch.stack([(self.ends - reach).amin((0, 1)), (self.ends + reach).amax((0, 1))])
         self.bounds += torch.tensor([[-0.03], [0.03]], device=device)
@@ -166,9 +182,19 @@ class CapsuleField:
         return self._regions[self._nearest(points)]
 
     def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
-        """Level stripes in two colours per region."""
+        """Level stripes in two colours per region; in front what a photo showed."""
         stripe = torch.floor(points[:, 1] / STRIPE_M).long() % 2
-        return self._palette[self.region(points), stripe]
+        nearest = self._nearest(points)
+        colors = self._palette[self._regions[nearest], stripe]
+        if self._photo is None:
+            return colors
+        rows, columns = self._photo.shape[:2]
+        height = (self.ends[..., 1] + self.radii).max()
+        row = ((1 - points[:, 1] / height) * rows).long().clamp(0, rows - 1)
+        column = ((points[:, 0] / height + 0.5) * columns).long().clamp(0, columns - 1)
+        seen = self._photo[row, column]
+        is_front = points[:, 2] > self.ends[nearest, :, 2].mean(1)
+        return torch.lerp(colors, seen[:, :3], (seen[:, 3] * is_front)[:, None])
 
     def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         """Nothing is of metal."""
@@ -207,12 +233,14 @@ def _height(shape: Float[np.ndarray, " S"]) -> float:
     return float((joints[..., 1] + balls).max())
 
 
-def _person(shape: Float[np.ndarray, " S"], palette: Float[Tensor, "R 2 3"]) -> CapsuleField:
+def _person(
+    shape: Float[np.ndarray, " S"], palette: Float[Tensor, "R 2 3"], photo: UInt8[Tensor, "H W 4"] | None
+) -> CapsuleField:
     names, parents, regions, joints, balls = _lines(shape)
     lines = torch.tensor(joints, dtype=torch.float32, device=palette.device)
     parent_ids = tuple(-1 if parent is None else names.index(parent) for parent in parents)
     rig = Rig(tuple(names), parent_ids, lines[:, 0], lines[:, 1])
-    return CapsuleField(joints, balls, regions, rig, palette)
+    return CapsuleField(joints, balls, regions, rig, palette, photo)
 
 
 def _lines(shape: Float[np.ndarray, " S"]) -> tuple[list[str], list[str | None], np.ndarray, np.ndarray, np.ndarray]:
