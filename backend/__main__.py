@@ -12,14 +12,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backend import __version__, options
 from backend.protocol import GenerateRequest, Mix, Person, PopulaceError
 from backend.settings import Settings
 
+if TYPE_CHECKING:
+    from backend.photo.album import Album
+
 EXIT_CODES = {
-    "invalid_request": 2, "unknown_family": 2, "no_gpu": 5, "out_of_gpu_memory": 5, "weights_missing": 6,
+    "invalid_request": 2, "unknown_family": 2, "image_unreadable": 4, "image_missing": 4, "too_large": 4,
+    "no_person_found": 4, "mask_needed": 4, "no_gpu": 5, "out_of_gpu_memory": 5, "weights_missing": 6,
     "weights_corrupt": 6, "out_of_disk": 7,
 }  # fmt: skip
 
@@ -28,6 +32,7 @@ EPILOG = """exit codes:
   1  it failed; one sentence on stderr says why
   2  the command line is wrong (also: unknown family or parameter, bad plan)
   3  some people of a batch failed, or are missing in a merge
+  4  a photo cannot be read, or nobody is found in it
   5  no usable GPU (or too little memory on it)
   6  weights are missing or damaged
   7  the disk is full
@@ -40,6 +45,7 @@ examples:
   populace generate --seed 7 --part top=12 --set height_m=1.8 --retexture 3
   populace interpolate --from 7 --to 8 --steps 9    nine people, from one to the other
   populace generate --seed 7 --preset unreal        an FBX for Unreal; also unity, godot, --format usd
+  populace invert photo.jpg --out people            the person of a photo; several photos show one person, or --each
   populace plan --count 200 > plan.jsonl            a plan, one request per line; then
   populace batch plan.jsonl --out crowd --resume    all of them, as often as it takes; --shard 2/8 for a part
   populace doctor                                  what is installed and what will run where
@@ -108,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     options.add_output(generate)
     options.add_quality(generate)
 
+    invert = command("invert", _invert, "make the people of photos, and write them as files")
+    invert.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="PNG, JPEG or WebP; all of one person")
+    invert.add_argument("--each", action="store_true", help="every photo shows a person of its own")
+    options.add_photos(invert)
+    options.add_person(invert, with_seed=False)
+    options.add_output(invert)
+    options.add_quality(invert)
+
     between = command("interpolate", _interpolate, "write the people on the way from one seed to another")
     between.add_argument("--from", dest="seed", type=options.seed, required=True, help="seed of the first person")
     between.add_argument("--to", type=options.seed, required=True, help="seed of the last person")
@@ -167,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
 
     pictures = command("renders", renders_command.run, "render people or meshes into a folder for train --renders")
     renders_command.add_options(pictures)
+
+    from backend.training import adapt_command
+
+    adapted = command("adapt", adapt_command.run, "lead a family's weights from one text to another, by CLIP")
+    adapt_command.add_options(adapted)
     return parser
 
 
@@ -189,6 +208,28 @@ def _generate(args: argparse.Namespace) -> None:
     _make({f"person_{request.seed:06d}": request for request in requests}, args)
 
 
+def _invert(args: argparse.Namespace) -> None:
+    from backend.photo.album import Album
+
+    if args.mask and len(args.mask) != len(args.photos):
+        raise PopulaceError("invalid_request", f"{len(args.photos)} photos and {len(args.mask)} masks were given.",
+                            "Give --mask once for every photo, in their order, or not at all.")  # fmt: skip
+    album, photos = Album(), []
+    for i, path in enumerate(args.photos):
+        mask = album.add(args.mask[i]) if args.mask else None
+        photos.append({"image": album.add(path), "mask": mask, "person": args.person})
+    groups = [(path, [photo]) for path, photo in zip(args.photos, photos)] if args.each else [(args.photos[0], photos)]
+    requests: dict[str, GenerateRequest] = {}
+    for path, shown in groups:
+        name = base = "".join(c if c.isalnum() or c in "-_" else "_" for c in path.stem)[:60] or "person"
+        for number in range(2, len(groups) + 1):
+            if name.casefold() not in map(str.casefold, requests):
+                break
+            name = f"{base}_{number}"
+        requests[name] = options.request_of(args, photos=shown, inversion=options.inversion_of(args))
+    _make(requests, args, album)
+
+
 def _interpolate(args: argparse.Namespace) -> None:
     first = options.request_of(args)
     other, requests = Person(seed=args.to, truncation_psi=first.truncation_psi), {}
@@ -199,7 +240,7 @@ def _interpolate(args: argparse.Namespace) -> None:
     _make(requests, args)
 
 
-def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> None:
+def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace, images: Album | None = None) -> None:
     """In this process, without a server; the requests are of one family."""
     from backend import checks, families, interchange, packet, pipeline
     from backend.progress import Progress
@@ -217,16 +258,20 @@ def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace) -> Non
         for i, (name, request) in enumerate(requests.items()):
             who = f"person {i + 1} of {len(requests)}" if len(requests) > 1 else "person"
             asset, stats = pipeline.generate(
-                request, model, lambda stage, f, i=i, who=who: progress.show(f"{who}: {stage}", (i + f) / len(requests))
-            )
+                request, model, lambda stage, f, i=i, who=who: progress.show(f"{who}: {stage}", (i + f) / len(requests)),
+                images
+            )  # fmt: skip
             paths = [path for form in formats for path in interchange.write(asset, args.out, name, form, args.preset)]
             ignored = asset.meta.get("words_ignored", [])
             if args.json:
                 line = {"seed": request.seed, "path": str(paths[0]), "paths": [str(path) for path in paths],
                         "packet_sha256": hashlib.sha256(packet.dumps(asset)).hexdigest(),
                         "parts": asset.meta["parts"], "height_m": asset.meta["attributes"]["height_m"],
-                        "attributes": asset.meta["attributes"], "words_ignored": ignored, "stats": stats}  # fmt: skip
+                        "attributes": asset.meta["attributes"], "words_ignored": ignored, "stats": stats,
+                        **({"photo": asset.meta["photo"]} if "photo" in asset.meta else {})}  # fmt: skip
                 print(json.dumps(line), flush=True)
+            for note in asset.meta.get("photo", {}).get("notes", ()):
+                print(f"populace: {name}: {note}.", file=sys.stderr)
     if ignored:
         print(f"populace: not understood: {', '.join(ignored)}", file=sys.stderr)
 
