@@ -38,10 +38,11 @@ def _modules() -> tuple[ModuleType, ...]:
     from .crowd import operators as crowd_operators
     from .crowd import panel as crowd_panel
     from .crowd import places as crowd_places
+    from .photo import operators as photo_operators
 
     setup = [importlib.import_module(f".setup.{name}", __package__) for name in ("operators", "panel")
              if find_spec(".setup", __package__)]  # not in the slim zip # fmt: skip
-    artist = replacing, thumbnails, editing, attributes, history, edit_operators
+    artist = replacing, thumbnails, editing, attributes, history, edit_operators, photo_operators
     crowds = crowd_form, crowd_operators, crowd_places
     return (preferences, properties, operators, *artist, *crowds, assets, chores, *setup, weights, panel, human_panel,
             crowd_panel, tasks, command_line, translations)  # fmt: skip

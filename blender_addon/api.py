@@ -62,6 +62,7 @@ class Api:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self.sent: dict[str, tuple[str, float]] = {}  # `inline` images that it has: their ids, and when they went
 
     async def health(self) -> Health:
         return Health.from_json(await self._json("GET", "/v1/health"))

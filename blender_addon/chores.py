@@ -11,6 +11,7 @@ from typing import Any, Final
 import bpy
 
 from .chore import Chore, Phase
+from .tasks import redraw
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +77,6 @@ def _tick() -> float | None:
     except Exception:
         log.exception("tick")
     return INTERVAL_S if is_busy() else None
-
-
-def redraw() -> None:
-    for window in bpy.context.window_manager.windows:
-        for area in window.screen.areas:
-            for region in area.regions:
-                if (area.type, region.type) in (("VIEW_3D", "UI"), ("PREFERENCES", "WINDOW")):
-                    region.tag_redraw()
 
 
 class POPULACE_OT_cancel_chore(bpy.types.Operator):

@@ -11,7 +11,8 @@ from bpy.props import BoolProperty, EnumProperty, FloatProperty, IntProperty, St
 
 from . import editing, history, recipes, scene, snippets, tasks
 from .actions import Action, Result, Work, can_edit, has_human, has_two, in_object_mode, needs
-from .messages import BackendError
+from .messages import PHOTO_POSE, BackendError
+from .photo import keeping
 from .properties import MAX_SEED, active_human, other_human, output_of, output_properties
 
 ANY_SEED = -1
@@ -194,8 +195,11 @@ class POPULACE_OT_set_output(_Edit, bpy.types.Operator):
             setattr(self, name, getattr(context.scene.populace, name))
 
     def work(self, context: bpy.types.Context) -> Work:
-        root = active_human(context)
-        request = editing.request(root, **output_of(self))
+        root, output = active_human(context), output_of(self)
+        turns = None  # those of a photo's pose would go over the chosen one
+        if output["pose"] == PHOTO_POSE:
+            output["pose"], turns = "rest", keeping.facts(root.populace.photo).get("rotations")
+        request = editing.request(root, **output, joint_rotations=turns)
         return [(request, editing.target(root, "Output", self.with_rig))]
 
 
@@ -213,7 +217,7 @@ class POPULACE_OT_restore_version(Action, bpy.types.Operator):
         versions = root.populace.versions
         if not -len(versions) <= self.index < len(versions):
             raise BackendError("no_version", f"There is no version {self.index}.", f"There are {len(versions)}.")
-        recipe = recipes.parse(versions[self.index].recipe)
+        recipe = keeping.whole(root.populace, versions[self.index].recipe)
         return [(recipes.request_of(recipe), editing.target(root, "Restored", anew=True))]
 
 

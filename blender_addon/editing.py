@@ -44,6 +44,7 @@ class Edit:
     uuid: str
     label: str
     with_rig: bool | None = None  # as it is
+    is_posed: bool = False  # the request is about the pose, so one that was made by hand gives way
     operator: str = "apply_edit"
 
     def apply(self, context: bpy.types.Context, human: Human) -> str:
@@ -55,6 +56,8 @@ class Edit:
             scene.insert(context, human, scene.Batch("Humans", 1, tuple(context.scene.cursor.location)))
             return "The person was deleted meanwhile, so a new one was made"
         with_rig = root.type == "ARMATURE" if self.with_rig is None else self.with_rig
+        if self.is_posed and root.type == "ARMATURE":
+            root.populace.pose_mark = scene.pose_mark(root)
         replacing.replace(context, root, human, with_rig).populace.fill(self.uuid, human, self.label)
         return ""
 
@@ -181,7 +184,7 @@ def _changed(root: bpy.types.Object) -> Live:
 
 def request(root: bpy.types.Object, edits: Edits = (), **output: Any) -> Request:
     """The request for this person with `edits`, on top of those that are still on their way. Raises `BackendError`."""
-    recipe = recipes.parse(root.populace.recipe)
+    recipe = root.populace.whole_recipe
     session = tasks.session()
     if edits and session is not None and session.families and session.family(str(recipe.get("family"))) is None:
         raise BackendError("unknown_family", recipes.remark(recipe, None, session.families) + ".",
@@ -192,7 +195,8 @@ def request(root: bpy.types.Object, edits: Edits = (), **output: Any) -> Request
     return recipes.request_of(recipe, edits, **output)
 
 
-def target(root: bpy.types.Object, label: str, with_rig: bool | None = None, anew: bool = False) -> Edit:
+def target(root: bpy.types.Object, label: str, with_rig: bool | None = None, anew: bool = False,
+           is_posed: bool = False) -> Edit:  # fmt: skip
     """For a `request` that is about to be sent: it takes the place of the one that is on its way, if there is one.
     With `anew` it has nothing of that one in it."""
     label = iface(label)
@@ -200,8 +204,9 @@ def target(root: bpy.types.Object, label: str, with_rig: bool | None = None, ane
     if coming is not None and not anew:
         label = f"{coming.tag.label}, {label}"
         with_rig = coming.tag.with_rig if with_rig is None else with_rig
+        is_posed |= coming.tag.is_posed
     _cancel(coming)
-    return Edit(root.populace.uuid, label[:60], with_rig)
+    return Edit(root.populace.uuid, label[:60], with_rig, is_posed)
 
 
 def _coming(key: str) -> Job | None:
@@ -226,7 +231,7 @@ def _person_of(other_uuid: str) -> dict[str, Any]:
     other = replacing.find(other_uuid)
     if other is None:
         raise BackendError("person_gone", "The other person is not in this file.", "Select two people.")
-    return recipes.person(recipes.parse(other.populace.recipe))
+    return recipes.person(other.populace.whole_recipe)
 
 
 def random_seed() -> int:

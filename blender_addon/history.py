@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FOLDER: Final = "favourites"
 MAX_FAVOURITES: Final = 500
-MAX_FILE_BYTES: Final = 4 << 20
+MAX_FILE_BYTES: Final = 64 << 20  # people from photos carry what the photos showed
 _SCHEMA: Final = 1
 _favourites: list[Favourite] = []
 _is_fresh = False
@@ -60,7 +60,8 @@ def keep(root: bpy.types.Object, name: str) -> Favourite:
     """Make a favourite of a person. Raises `BackendError`."""
     about = root.populace
     thumbnail = next((v.thumbnail for v in reversed(about.versions) if v.recipe == about.recipe), "")
-    kept = {"schema": _SCHEMA, "name": name, "recipe": about.recipe, "thumbnail": thumbnail}
+    recipe = json.dumps(about.whole_recipe, sort_keys=True)
+    kept = {"schema": _SCHEMA, "name": name, "recipe": recipe, "thumbnail": thumbnail}
     path = _folder() / f"{uuid.uuid4().hex}.json"
     try:
         part = path.with_suffix(".part")

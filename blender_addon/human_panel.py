@@ -12,6 +12,7 @@ from bpy.app.translations import pgettext_iface as iface
 
 from . import attributes, editing, history, recipes, scene, tasks, thumbnails
 from .families import Attribute, Family
+from .messages import PHOTO_POSE
 from .packet import recipe_latents
 from .panel import _Panel, _safe, _wrapped, draw_output, split
 from .properties import active_human, other_human
@@ -56,7 +57,8 @@ class POPULACE_PT_human(_Human, bpy.types.Panel):
         _picture(row, _key(root), PICTURE)
         column = row.column(align=True)
         column.label(text=root.name, translate=False)
-        column.label(text=f"{iface('Seed')} {about.seed}, {about.height_m:.2f} m", translate=False)
+        origin = iface("From a photo") if about.photo else f"{iface('Seed')} {about.seed}"
+        column.label(text=f"{origin}, {about.height_m:.2f} m", translate=False)
         buttons = column.row(align=True)
         buttons.operator("populace.add_favourite", text="", icon="FUND")
         buttons.operator("populace.make_again", text="", icon="DUPLICATE")
@@ -74,6 +76,11 @@ class POPULACE_PT_human(_Human, bpy.types.Panel):
         row = layout.row(align=True)
         row.prop(context.window_manager.populace, "words", text="", placeholder="older, red shirt, no hat")
         row.operator("populace.change_by_words", text="", icon="PLAY")
+        if about.photo:
+            row = layout.row(align=True)
+            row.operator("populace.set_pose", text="Photo's Pose", icon="POSE_HLT").pose = PHOTO_POSE
+            row.operator("populace.set_pose", text="Rest Pose", icon="ARMATURE_DATA").pose = "rest"
+            row.operator("populace.photo_camera", text="", icon="CAMERA_DATA")
 
 
 class POPULACE_PT_attributes(_Section, bpy.types.Panel):

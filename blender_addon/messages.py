@@ -114,10 +114,14 @@ def inline(data: bytes) -> str:
     return _INLINE + base64.b64encode(data).decode()
 
 
+def is_inline(image: str) -> bool:
+    return image.startswith(_INLINE)
+
+
 def image_pieces(image: str, size: int = 1 << 18) -> Iterator[bytes]:
     """The bytes of a file or of an `inline` text; the first piece is their number. Raises `BackendError`."""
     try:
-        if image.startswith(_INLINE):
+        if is_inline(image):
             data = base64.b64decode(image.removeprefix(_INLINE), validate=True)
             yield str(len(data)).encode()
             yield from (data[i : i + size] for i in range(0, len(data), size))

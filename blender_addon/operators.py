@@ -248,7 +248,11 @@ class POPULACE_OT_copy_recipe(bpy.types.Operator):
 
     def execute(self, context: bpy.types.Context) -> Result:
         human = active_human(context)
-        context.window_manager.clipboard = human.populace.recipe
+        try:
+            context.window_manager.clipboard = json.dumps(human.populace.whole_recipe, sort_keys=True)
+        except BackendError as error:
+            self.report({"ERROR"}, str(error))
+            return {"CANCELLED"}
         self.report({"INFO"}, "Recipe copied")
         return {"FINISHED"}
 
@@ -293,7 +297,7 @@ class POPULACE_OT_make_again(Action, bpy.types.Operator):
         root = active_human(context)
         seed = root.populace.seed
         batch = scene.Batch(f"Humans {seed}", 1, tuple(context.scene.cursor.location), root.type == "ARMATURE")
-        return [(recipes.request_of(recipes.parse(root.populace.recipe)), tasks.InBatch(batch, 0, f"Seed {seed}"))]
+        return [(recipes.request_of(root.populace.whole_recipe), tasks.InBatch(batch, 0, f"Seed {seed}"))]
 
 
 class POPULACE_OT_copy_python(bpy.types.Operator):
@@ -321,7 +325,7 @@ class POPULACE_OT_copy_python(bpy.types.Operator):
             return {"CANCELLED"}
         else:
             try:
-                request = recipes.request_of(recipes.parse(root.populace.recipe))
+                request = recipes.request_of(root.populace.whole_recipe)
             except BackendError as error:
                 self.report({"ERROR"}, str(error))
                 return {"CANCELLED"}

@@ -190,6 +190,7 @@ def _draw_form(layout: Any, context: bpy.types.Context) -> None:
     row.scale_y = 1.6
     text = iface("Generate") if form.count == 1 else iface("Generate {n} People").format(n=form.count)
     row.operator("populace.generate", text=text, icon="COMMUNITY" if form.count > 1 else "USER", translate=False)
+    layout.operator("populace.from_photo", text="From Photo...", icon="IMAGE_DATA")
 
 
 def _draw_wishes(layout: Any, context: bpy.types.Context, family: str) -> None:
@@ -256,9 +257,9 @@ def _draw_job(layout: Any, context: bpy.types.Context, job: Job) -> None:
         row.operator("populace.copy_error", text="", icon="COPYDOWN", emboss=False).job_id = job.id
         _draw_error(layout, context, status.error)
     elif status.state == "cancelled":
-        row.label(text=f"{name}, cancelled", icon="CANCEL")
+        row.label(text=f"{name}, {iface('cancelled')}", icon="CANCEL")
     elif not job.taken:
-        row.label(text=f"{name}, {'waiting' if job.human else 'receiving'}", icon="IMPORT")
+        row.label(text=f"{name}, {iface('waiting') if job.human else iface('receiving')}", icon="IMPORT")
     else:
         row.label(text=name, icon="CHECKMARK")
         if tasks.step_of(job) == "insert_result":

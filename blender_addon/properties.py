@@ -21,7 +21,9 @@ from bpy.props import (
 
 from . import tasks
 from .families import Family
+from .messages import PHOTO_POSE
 from .packet import Human
+from .photo import keeping
 
 MAX_SEED: Final = 2**31 - 1  # Blender's integers; the backend takes more
 RANDOM_SEEDS: Final = 1_000_000  # numbers that a person can read out
@@ -59,7 +61,7 @@ def output_properties() -> dict[str, Any]:
     return {
         "pose": StringProperty(
             name="Pose", description="A pose of the library; rest is the pose for rigging", default="rest",
-            search=_poses, maxlen=63),
+            search=pose_names, maxlen=63),
         "faces": IntProperty(
             name="Faces", description="Triangles of one whole person", min=500, max=2_000_000, soft_max=200_000,
             step=1000, default=30_000),
@@ -104,9 +106,12 @@ def take_request(chosen: Any, recipe: dict[str, Any]) -> None:
             setattr(chosen, name, text(value) if text else value)
 
 
-def _poses(settings: Any, context: bpy.types.Context, typed: str) -> list[str]:
-    family = _family(settings, context)
-    return [pose for pose in family.poses if typed.lower() in pose] if family is not None else ["rest"]
+def pose_names(settings: Any, context: bpy.types.Context, typed: str) -> list[str]:
+    family, root = _family(settings, context), active_human(context)
+    poses = [*family.poses] if family is not None else ["rest"]
+    if root is not None and root.populace.photo:
+        poses.append(PHOTO_POSE)
+    return [pose for pose in poses if typed.lower() in pose]
 
 
 def _numbers(settings: Any, context: bpy.types.Context, typed: str) -> list[str]:
@@ -142,6 +147,13 @@ class PopulaceVersion(bpy.types.PropertyGroup):
     key: StringProperty(name="Key", description="Tells this thumbnail from others")
 
 
+class PopulaceMap(bpy.types.PropertyGroup):
+    """What photos showed of a part: an image that recipes name by the hash of its bytes."""
+
+    sha256: StringProperty(name="Hash", description="Of the PNG's bytes")
+    image: PointerProperty(type=bpy.types.Image, name="Image", description="The packed PNG")
+
+
 class PopulaceHuman(bpy.types.PropertyGroup):
     """Who this is and how to make them again. On the topmost object of a person; empty everywhere else, but for
     `part`, which every mesh of a person has."""
@@ -158,6 +170,8 @@ class PopulaceHuman(bpy.types.PropertyGroup):
     locked: StringProperty(name="Locked Parts", description="Parts that a re-roll leaves alone, with commas between")
     pose_mark: StringProperty(name="Pose Mark", description="Tells whether the pose was changed by hand")
     part: StringProperty(name="Part", description="Which part of the person this mesh is")
+    maps: CollectionProperty(type=PopulaceMap, name="Photo Maps", description="What photos showed of the parts")
+    photo: StringProperty(name="Photo", description="Camera and pose of the photo that it was made from, as JSON")
 
     def fill(self, uuid: str, human: Human, label: str = "Created") -> None:
         """Take down who this is, after insertion and after every edit; a version that is new is kept."""
@@ -168,7 +182,10 @@ class PopulaceHuman(bpy.types.PropertyGroup):
         self.weights_sha256 = str(recipe.get("weights_sha256") or "")
         self.backend_version = str(recipe.get("version", ""))
         self.height_m = human.height_m
+        if human.maps:
+            recipe = {**recipe, keeping.MAPS: keeping.keep(self, human.maps)}
         self.recipe = json.dumps(recipe, sort_keys=True)
+        self.photo = json.dumps(photo) if isinstance(photo := human.asset.get("photo"), dict) else self.photo
         self.attributes = json.dumps(attributes if isinstance(attributes, dict) else {}, sort_keys=True)
         if all(version.recipe != self.recipe for version in self.versions):
             if len(self.versions) >= MAX_VERSIONS:
@@ -178,12 +195,19 @@ class PopulaceHuman(bpy.types.PropertyGroup):
             if human.thumbnail_png is not None:
                 version.thumbnail = base64.b64encode(human.thumbnail_png).decode()
                 version.key = thumbnail_key(human.thumbnail_png)
+        keeping.prune(self)
+
+    @property
+    def whole_recipe(self) -> dict[str, Any]:
+        """The recipe as a request wants it. Raises `BackendError` when somebody changed it."""
+        return keeping.whole(self, self.recipe)
 
     def take_over(self, other: PopulaceHuman) -> None:
         """Be what `other` is."""
         for name in ("uuid", "family", "seed", "weights_sha256", "backend_version", "height_m", "recipe", "attributes",
-                     "locked"):  # fmt: skip
+                     "locked", "photo"):  # fmt: skip
             setattr(self, name, getattr(other, name))
+        keeping.take_over(self, other)
         for version in other.versions:
             mine = self.versions.add()
             for name in ("label", "recipe", "thumbnail", "key"):
@@ -222,7 +246,7 @@ def other_human(context: bpy.types.Context) -> bpy.types.Object | None:
 
 
 def register() -> None:
-    for cls in (PopulaceSettings, PopulaceVersion, PopulaceHuman):
+    for cls in (PopulaceSettings, PopulaceVersion, PopulaceMap, PopulaceHuman):
         bpy.utils.register_class(cls)
     bpy.types.Scene.populace = PointerProperty(type=PopulaceSettings)
     bpy.types.Object.populace = PointerProperty(type=PopulaceHuman)
@@ -231,5 +255,5 @@ def register() -> None:
 def unregister() -> None:
     del bpy.types.Object.populace
     del bpy.types.Scene.populace
-    for cls in (PopulaceHuman, PopulaceVersion, PopulaceSettings):
+    for cls in (PopulaceHuman, PopulaceMap, PopulaceVersion, PopulaceSettings):
         bpy.utils.unregister_class(cls)

@@ -20,6 +20,7 @@ from bpy.app.handlers import persistent
 
 from . import joints, scene
 from .packet import Human
+from .photo import keeping
 from .properties import person_of
 
 ORIGINAL: Final = "populace_original"  # on a preview's mesh: the mesh that it hides
@@ -77,7 +78,9 @@ def replace(context: bpy.types.Context, root: bpy.types.Object, human: Human, wi
             if modifier.type == "ARMATURE" and modifier.object in (made, root, None):
                 modifier.object = top if with_rig and top.type == "ARMATURE" else None
     spare += [gone for gone in old.values() if gone is not top]
+    kept = keeping.images_of(spare)
     _remove({o for o in spare if o is not top}, data, images)
+    keeping.drop(kept)
     return top
 
 

@@ -79,8 +79,8 @@ def insert(context: bpy.types.Context, human: Human, batch: Batch, index: int = 
         collection, remark = _batch_collection(context, batch, stage)
         root, objects = build(context, stage, human, batch.with_rig)
         root.location = batch.spot(index, units_per_metre(context))
-        root.populace.fill(uuid.uuid4().hex, human)
         _link(context, collection, root, objects, batch)
+        root.populace.fill(uuid.uuid4().hex, human)  # the last step: what photos showed becomes images of the object
         return root, remark
     except BaseException:
         stage.roll_back()
@@ -212,7 +212,7 @@ def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
 
     def image(label: str, png: bytes, y: float, is_data: bool = True) -> Any:
         made = node("ShaderNodeTexImage", label, -560, y)
-        made.image = _packed_image(stage, f"{name} {label}", png)
+        made.image = packed_image(stage, f"{name} {label}", png)
         if is_data:
             compat.mark_as_data(made.image)
         return made
@@ -237,7 +237,7 @@ def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
     return material
 
 
-def _packed_image(stage: Stage, name: str, png: bytes) -> bpy.types.Image:
+def packed_image(stage: Stage, name: str, png: bytes) -> bpy.types.Image:
     """The PNG's own bytes become the packed file (1-5 ms); Blender decodes it when it is first shown."""
     image = stage.new(bpy.data.images, name, 1, 1)
     image.source = "FILE"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,14 @@ from typing import Any, Final
 from . import process
 from .api import Address, Api, Unreachable
 from .families import Family
-from .messages import CLIENT_PREFIX, BackendError, Health, Request, Status, image_slots, is_image_id
+from .messages import CLIENT_PREFIX, BackendError, Health, Request, Status, image_slots, is_image_id, is_inline
 from .packet import Human, read
 
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S: Final = 2.0
 SHUTDOWN_TIMEOUT_S: Final = 5.0
+SENT_LIFE_S: Final = 1200.0  # how long an image is taken to be there still; the backend keeps unused ones for an hour
 MAX_CALLS: Final = 8  # at once; the backend refuses connections beyond 64, from all Blenders together
 
 
@@ -229,14 +231,23 @@ class Session:
                 return  # `_stop` does the rest
             self.details = self._child.log_tail() if self._child else ""
             self._drop_child(terminate=not was_ready)
-            if was_ready and self.open_jobs and self._budget.take():
-                self._set(Link.STARTING, "It stopped unexpectedly, restarting")
+            still_runs = was_ready and isinstance(error, Unreachable) and await self._still_runs()
+            if was_ready and (self.open_jobs or still_runs) and self._budget.take():
+                self._set(Link.STARTING, "Connecting again" if still_runs else "It stopped unexpectedly, restarting")
                 continue
             self.error = error
             if was_ready and isinstance(error, Unreachable):
                 self.error = BackendError("backend_lost", "The generator stopped unexpectedly.")
             self._set(Link.LOST if was_ready else Link.FAILED)
             return
+
+    async def _still_runs(self) -> bool:
+        """Whether the backend is there after all: a Blender that was busy for long finds its connections timed out."""
+        address = process.find_running()
+        try:
+            return address is not None and (await Api(address).health()).protocol > 0
+        except BackendError:
+            return False
 
     async def _reach(self) -> Api:
         """The API of a backend that answered and speaks our protocol; started if none runs."""
@@ -391,13 +402,17 @@ class Session:
 
 async def _with_images(api: Api, request: Request) -> dict[str, Any]:
     """The request as the backend wants it, once it has the images that the request names."""
-    raw, ids = request.to_json(), {}
+    raw, ids, now = request.to_json(), {}, time.monotonic()
     for holder, key in image_slots(raw):
         image = holder[key]
-        if not is_image_id(image):
-            if image not in ids:
-                ids[image] = await api.send_image(image)
-            holder[key] = ids[image]
+        if is_image_id(image):
+            continue
+        known, at = api.sent.get(image, ("", 0.0))
+        if image not in ids:
+            ids[image] = known if known and now - at < SENT_LIFE_S else await api.send_image(image)
+            if is_inline(image):  # a file may have changed
+                api.sent[image] = ids[image], now
+        holder[key] = ids[image]
     return raw
 
 

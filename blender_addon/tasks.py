@@ -272,13 +272,12 @@ def _window_override() -> Any:
 
 
 def redraw() -> None:
-    """The panels of all windows."""
+    """The panels of all windows, and the preferences, whose buttons depend on the generator."""
     for window in bpy.context.window_manager.windows:
         for area in window.screen.areas:
-            if area.type == "VIEW_3D":
-                for region in area.regions:
-                    if region.type == "UI":
-                        region.tag_redraw()
+            for region in area.regions:
+                if (area.type, region.type) in (("VIEW_3D", "UI"), ("PREFERENCES", "WINDOW")):
+                    region.tag_redraw()
 
 
 @persistent

@@ -245,6 +245,19 @@ def test_broken_stream_with_open_jobs_reconnects_and_finishes(home: Path) -> Non
     run(scenario, home)
 
 
+def test_a_backend_that_still_runs_is_taken_up_again(home: Path) -> None:
+    """As after a Blender that was busy for longer than its connections wait: nobody has to press Restart."""
+
+    async def scenario(fake: FakeBackend, made: Session) -> None:
+        made.connect()
+        await until(lambda: made.link is Link.READY and fake.leases == 1)
+        fake.kill_streams()
+        await until(lambda: made.link is Link.READY and opened(fake) == 2)
+        assert made.error is None
+
+    run(scenario, home)
+
+
 def test_broken_streams_do_not_loop_for_ever(home: Path) -> None:
     async def scenario(fake: FakeBackend, made: Session) -> None:
         fake.hold = True
