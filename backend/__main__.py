@@ -257,10 +257,11 @@ def _make(requests: dict[str, GenerateRequest], args: argparse.Namespace, images
         model = families.load(next(iter(requests.values())).family, settings.device, settings)
         for i, (name, request) in enumerate(requests.items()):
             who = f"person {i + 1} of {len(requests)}" if len(requests) > 1 else "person"
-            asset, stats = pipeline.generate(
-                request, model, lambda stage, f, i=i, who=who: progress.show(f"{who}: {stage}", (i + f) / len(requests)),
-                images
-            )  # fmt: skip
+
+            def step(stage: str, fraction: float, i: int = i, who: str = who) -> None:
+                progress.show(f"{who}: {stage}", (i + fraction) / len(requests))
+
+            asset, stats = pipeline.generate(request, model, step, images)
             paths = [path for form in formats for path in interchange.write(asset, args.out, name, form, args.preset)]
             ignored = asset.meta.get("words_ignored", [])
             if args.json:

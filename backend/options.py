@@ -66,9 +66,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line per person on stdout")
 
 
-def add_person(parser: argparse.ArgumentParser) -> None:
+def add_person(parser: argparse.ArgumentParser, with_seed: bool = True) -> None:
     """Who is made: seed, words, edits. Edits may be repeated and are applied in the order given."""
-    parser.add_argument("--seed", type=seed, help="of the first person; the others follow (default: 0)")
+    if with_seed:
+        parser.add_argument("--seed", type=seed, help="of the first person; the others follow (default: 0)")
     parser.add_argument("--request", metavar="FILE", help="a whole request as JSON (- is stdin); options overrule it")
     parser.add_argument("--prompt", metavar="TEXT", help='such as "tall old woman, red shirt, grey hair"')
     _edit(parser, "--mix", "SEED:AMOUNT", _mix, "go AMOUNT (0..1) of the way to another person")
@@ -76,6 +77,31 @@ def add_person(parser: argparse.ArgumentParser) -> None:
     _edit(parser, "--part", "PART=SEED", _part, "take a part (top, hair, body, ...) from another person")
     _edit(parser, "--remove", "PART", lambda text: {"op": "remove", "parts": [text]}, "take a part off")
     _edit(parser, "--retexture", "SEED", _retexture, "other looks on the same geometry")
+
+
+def add_photos(parser: argparse.ArgumentParser) -> None:
+    """How a person is made from photos."""
+    parser.add_argument("--mask", type=Path, action="append", default=[], metavar="FILE", help="a picture per photo, "
+                        "white where the person is, in the order of the photos")  # fmt: skip
+    parser.add_argument("--person", type=int, default=0, metavar="I", help="which person of the photos, counted from "
+                        "the left from 0 on (default: 0)")  # fmt: skip
+    parser.add_argument("--steps", dest="inversion_steps", type=int, metavar="N",
+                        help="of the fit; 0: what the encoder sees at first glance (default: 60)")  # fmt: skip
+    parser.add_argument("--seconds", dest="inversion_seconds", type=float, metavar="S",
+                        help="end the fit after S seconds; the result then depends on the machine")  # fmt: skip
+    for name, text in (("texture", "do not keep what the photos show as they show it"),
+                       ("delight", "leave the photos' light and shade in the colours"),
+                       ("symmetric", "do not let the side that is seen tell of the hidden one")):  # fmt: skip
+        parser.add_argument(f"--no-{name}", dest=f"inversion_{name}", action="store_false", default=None, help=text)
+    parser.add_argument("--refine", dest="inversion_refine", choices=("none", "diffusion"),
+                        help="of the hidden side (default: none)")  # fmt: skip
+
+
+def inversion_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was typed of it."""
+    named = {name.removeprefix("inversion_"): value for name, value in vars(args).items()
+             if name.startswith("inversion_")}  # fmt: skip
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def request_of(args: argparse.Namespace, **changes: Any) -> GenerateRequest:

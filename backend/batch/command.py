@@ -39,6 +39,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spread", type=_spread, action="append", default=[], metavar="NAME=...",
                         help="an attribute, the pose or words, over the people: age_years=25..70, or "
                         "words=woman:60,man:40 in per cent")  # fmt: skip
+    parser.add_argument("--photos", type=Path, metavar="FOLDER", help="a person per photo in FOLDER, or per folder of "
+                        "photos in it; NAME.mask.png is the mask of NAME.jpg. The plan has whole paths")  # fmt: skip
     options.add_person(parser)
     options.add_shape(parser)
     options.add_quality(parser)
@@ -82,6 +84,13 @@ def run_plan(args: argparse.Namespace) -> None:
     from backend.batch import plan
 
     request = options.request_of(args)
+    if args.photos is not None:
+        if args.spread or args.count > 1 or not args.photos.is_dir():
+            raise PopulaceError("invalid_request", "--photos wants a folder, and neither --count nor --spread.",
+                                "Leave those out.")  # fmt: skip
+        for line in plan.of_photos(request, args.photos.absolute(), args.format, args.preset):
+            print(line)
+        return
     for line in plan.write(request, args.count, args.spread, args.format, args.preset):
         print(line)
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from backend.batch import results
 from backend.batch.plan import Item
+from backend.photo.album import Album
 from backend.protocol import Error, PopulaceError
 from backend.settings import Settings
 from backend.worker import as_problem, free_memory
@@ -71,7 +72,7 @@ def _make(item: Item, out: Path, device: str) -> dict[str, Any]:
                                 "Set POPULACE_JOB_DEADLINE_S, or make it smaller.")  # fmt: skip
 
     model = _model(item.request.family, settings)
-    asset, _ = pipeline.generate(item.request, model, step)
+    asset, _ = pipeline.generate(item.request, model, step, Album(item.images))
     facts = {"packet_sha256": hashlib.sha256(packet.dumps(asset)).hexdigest(), "seed": item.request.seed,
              "family": model.name, "attributes": asset.meta["attributes"], "stats": asset.meta["stats"]}  # fmt: skip
     for pause in (*PAUSES_S, None):

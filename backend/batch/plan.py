@@ -8,6 +8,8 @@ and, all optional:
     count    this many people, with seeds from `seed` on; ids then end in _0000, _0001, ...
     formats  list of glb, obj, usd, fbx, blend, packet (default: what the command line says)
     preset   none, unreal, unity or godot: units, axes and names of bones in the files
+    photos   of one person: paths of files, relative to the plan's folder, or objects with image, mask (both paths) and
+             person; also the paths in latent_maps. What counts is what is in the files, not where they are
 
 Empty lines do not count. A plan is read whole and every mistake in it is named before anything is made.
 """
@@ -17,8 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -29,12 +31,14 @@ from pydantic import AfterValidator, Field, ValidationError
 from backend import __version__, checks, families
 from backend.families.base import Attribute
 from backend.interchange import Format, PresetName, default_formats
+from backend.photo.album import Album
 from backend.protocol import GenerateRequest, PopulaceError, invalid, parse_json
 from backend.settings import Settings
 
 MAX_ITEMS: Final = 100_000
 MAX_PLAN_BYTES: Final = 256 << 20
 SHOWN_MISTAKES: Final = 20
+PHOTO_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
 _WINDOWS_NAMES: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 
 
@@ -74,22 +78,24 @@ class Item:
     formats: tuple[Format, ...]
     preset: PresetName
     line: int = 0  # of the plan
+    images: Mapping[str, str] = field(default_factory=dict)  # files by id, where the request names images
 
     @cached_property
     def digest(self) -> str:
         """Changes with everything that the files depend on: request, formats, version, weights."""
         used = _weights_sha256(self.request.family, Settings.load().data_dir)
-        text = json.dumps([__version__, used, self.to_json()], sort_keys=True)
+        said = {name: value for name, value in self.to_json().items() if name != "images"}
+        text = json.dumps([__version__, used, said], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "request": self.request.model_dump(mode="json"), "formats": list(self.formats),
-                "preset": self.preset}  # fmt: skip
+                "preset": self.preset, "images": dict(self.images)}  # fmt: skip
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Item:
         request = GenerateRequest.model_validate(raw["request"])
-        return cls(raw["id"], request, tuple(raw["formats"]), raw["preset"])
+        return cls(raw["id"], request, tuple(raw["formats"]), raw["preset"], images=raw["images"])
 
 
 @cache
@@ -124,7 +130,7 @@ def read(path: Path, formats: Sequence[Format] = (), preset: PresetName = "none"
         if not text.strip():
             continue
         try:
-            found = list(_items(text, number, formats, preset))
+            found = list(_items(text, number, formats, preset, path.absolute().parent))
             for item in found:
                 if (first := taken.setdefault(item.id.casefold(), number)) != number:
                     raise PopulaceError("invalid_request", f"its id {item.id!r} is that of line {first} already.")
@@ -144,11 +150,13 @@ def read(path: Path, formats: Sequence[Format] = (), preset: PresetName = "none"
     return items
 
 
-def _items(text: bytes, number: int, formats: Sequence[Format], preset: PresetName) -> Iterator[Item]:
-    """The people of one line."""
+def _items(text: bytes, number: int, formats: Sequence[Format], preset: PresetName, folder: Path) -> Iterator[Item]:
+    """The people of one line; photos are looked for in `folder`."""
     raw = parse_json(text)
     if not isinstance(raw, dict):
         raise PopulaceError("invalid_request", "it is not a JSON object.")
+    album = Album()
+    raw = _with_ids(raw, album, folder)
     try:
         line = PlanLine.model_validate(raw)
         first = GenerateRequest.model_validate({k: v for k, v in raw.items() if k not in _OWN})
@@ -160,7 +168,24 @@ def _items(text: bytes, number: int, formats: Sequence[Format], preset: PresetNa
     chosen = line.preset or preset
     for i, request in enumerate(requests):
         name = f"person_{request.seed:06d}" if line.id is None else f"{line.id}_{i:04d}" if line.count > 1 else line.id
-        yield Item(name, request, tuple(line.formats or formats or default_formats(chosen)), chosen, number)
+        yield Item(name, request, tuple(line.formats or formats or default_formats(chosen)), chosen, number,
+                   album.paths())  # fmt: skip
+
+
+def _with_ids(raw: dict[str, Any], album: Album, folder: Path) -> dict[str, Any]:
+    """The line with ids in the place of paths; what is no path stays for the request's own checks."""
+
+    def named(said: Any) -> Any:
+        return album.add(folder / said) if isinstance(said, str) and said else said
+
+    raw = dict(raw)
+    if isinstance(raw.get("photos"), list):
+        photos = [{"image": photo} if isinstance(photo, str) else photo for photo in raw["photos"]]
+        raw["photos"] = [{k: named(v) if k in ("image", "mask") else v for k, v in photo.items()}
+                         if isinstance(photo, dict) else photo for photo in photos]  # fmt: skip
+    if isinstance(raw.get("latent_maps"), dict):
+        raw["latent_maps"] = {name: named(said) for name, said in raw["latent_maps"].items()}
+    return raw
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -228,8 +253,36 @@ def write(request: GenerateRequest, count: int, spreads: Sequence[Spread], forma
         if edits:
             line["edits"] = edits
         text = json.dumps(line)
-        list(_items(text.encode(), i + 1, (), "none"))  # raises what reading it would
+        list(_items(text.encode(), i + 1, (), "none", Path()))  # raises what reading it would
         yield text
+
+
+def of_photos(request: GenerateRequest, folder: Path, formats: Sequence[Format], preset: PresetName) -> Iterator[str]:
+    """The lines of a plan with a person per photo in `folder`, or per folder of photos in it; `folder` as the plan has
+    to name it. A file NAME.mask.png is the mask of the photo NAME. Raises `invalid_request` and what photos raise."""
+    extra = {**({"formats": list(formats)} if formats else {}), **({"preset": preset} if preset != "none" else {})}
+    base = request.model_dump(mode="json", exclude_defaults=True)
+    taken: set[str] = set()
+    for place in sorted(folder.iterdir()):
+        shown = _photos_of(sorted(place.iterdir()) if place.is_dir() else [place])
+        if not shown:
+            continue
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in place.stem).lstrip("-_")[:60]
+        while not name or name.casefold() in taken or _WINDOWS_NAMES.fullmatch(name):
+            name = f"{name or 'person'}_{len(taken) + 1}"
+        taken.add(name.casefold())
+        text = json.dumps({"id": name, **base, "photos": shown, **extra})
+        list(_items(text.encode(), len(taken), (), "none", Path()))
+        yield text
+    if not taken:
+        raise PopulaceError("invalid_request", f"There are no photos in {folder}.", "PNG, JPEG and WebP are photos.")
+
+
+def _photos_of(paths: Sequence[Path]) -> list[dict[str, str]]:
+    photos = [path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
+    masks = {path.name[: -len(path.suffix) - len(".mask")]: path for path in photos if path.stem.endswith(".mask")}
+    return [{"image": str(path), **({"mask": str(masks[path.stem])} if path.stem in masks else {})}
+            for path in photos if not path.stem.endswith(".mask")]  # fmt: skip
 
 
 def _value(name: str, known: dict[str, Attribute], value: Any) -> Any:

@@ -28,7 +28,9 @@ from backend.batch.plan import Item
 from backend.protocol import Error, PopulaceError
 
 FATAL: Final = frozenset({"no_gpu", "weights_missing", "weights_corrupt", "out_of_disk", "unknown_family"})
-HOPELESS: Final = frozenset({"empty_surface", "invalid_request", "invalid_latents"})  # the same again every time
+HOPELESS: Final = frozenset({"empty_surface", "invalid_request", "invalid_latents", "image_unreadable", "image_missing",
+                             "no_person_found", "mask_needed", "too_large"})  # fmt: skip
+"""The same again every time."""
 BYTES_PER_WORKER: Final = 1_200_000_000  # a process with torch and one person at default settings
 _LOOK_S: Final = 0.5  # how often a request to stop is noticed
 

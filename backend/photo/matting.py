@@ -35,6 +35,7 @@ class Found(PersonPhoto):
     people: int  # in the photo
     matte: Matte  # what told the person from the background
     cut_off: tuple[str, ...]  # sides of the picture that the person reaches: "left", "top", "right", "bottom"
+    fov_y_rad: float | None = None  # vertical field of view, where the file tells
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ these three formats are used.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -39,8 +41,12 @@ def load(data: bytes, mask: bytes | None = None, person: int = 0) -> Found:
     Raises `image_unreadable`, `too_large`, `no_person_found`, and `mask_needed` where nothing tells the person from the
     background.
     """
-    rgba = decode(data)
-    return find(rgba, None if mask is None else _mask(mask, rgba), person)
+    rgba, focal = decode(data), measure(data).focal_35mm
+    found = find(rgba, None if mask is None else _mask(mask, rgba), person)
+    if focal is None:
+        return found
+    height, width = rgba.shape[:2]  # "35 mm" lenses are compared by the diagonal, 43.27 mm on film
+    return replace(found, fov_y_rad=2 * math.atan(43.27 / 2 / focal * height / math.hypot(height, width)))
 
 
 def decode(data: bytes, max_side: int = MAX_SIDE) -> UInt8[np.ndarray, "H W 4"]:

@@ -23,7 +23,7 @@ from backend.protocol import Inversion
 if TYPE_CHECKING:
     from backend.families.capsule.model import CapsuleField, CapsuleModel
 
-ROWS = 48  # of the silhouettes that are compared
+ROWS = 32  # of the silhouettes that are compared
 FOV = math.radians(45)  # along the longer side of a photo
 MAP_SIZE = (256, 256)  # of the photo's map: the person's height upwards, as much sideways
 _FIRST_STEP = 0.8  # of the search, in codes
@@ -111,7 +111,7 @@ def _likeness(model: CapsuleModel, shape: Float[np.ndarray, " S"], masks: Sequen
     count = 2 * math.ceil(half) + 1
     x = (torch.arange(count) - count // 2) * height / ROWS
     y = height * (1 - (torch.arange(ROWS) + 0.5) / ROWS)
-    z = torch.linspace(float(low[2]), float(high[2]), 7)
+    z = torch.linspace(float(low[2]), float(high[2]), 5)
     points = torch.stack(torch.meshgrid(y, x, z, indexing="ij"), -1)[..., [1, 0, 2]].reshape(-1, 3)
     mine = (field.sdf(points.to(model.device)).reshape(ROWS, count, len(z)).amin(2) < 0).cpu().numpy()
     scores = []
