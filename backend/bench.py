@@ -242,8 +242,11 @@ def as_text(report: dict[str, Any]) -> str:
         kind = "random weights of the published sizes" if report["random_weights"] else "the imported weights"
         lines += ["", f"{report['request']['family']} with {kind}"]
         for row in report["networks"]:
-            seconds = "" if "ratio" in row else f"{row['seconds']:>9.3f} s{row['rss_mib']:>8.0f} MiB"
-            lines.append(f"{row['step']:<28}{seconds or format(row['ratio'], '>9.1f') + 'x'}")
+            if "seconds" in row:
+                shown = f"{row['seconds']:>9.3f} s{row['rss_mib']:>8.0f} MiB"
+            else:
+                shown = f"{row['ratio']:>9.1f}x" if "ratio" in row else f"{row['text']:>10}"
+            lines.append(f"{row['step']:<36}{shown}")
     for name, row in report.get("ratios", {}).items():
         fast, slow = list(row.items())[1:3]
         lines.append(f"{name}: {slow[0][:-2]} {slow[1]:.2f} s, {fast[0][:-2]} {fast[1]:.3f} s: {row['ratio']}x")

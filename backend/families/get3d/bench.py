@@ -12,9 +12,10 @@ import psutil
 import torch
 
 from backend.families.get3d.config import Config
+from backend.families.get3d.fast import FastSynthesis, error
 from backend.families.get3d.model import Get3dModel
 from backend.families.get3d.networks import Generator
-from backend.geometry import reference
+from backend.geometry import flexicubes, reference
 from backend.geometry.tetgrid import extract_surface
 
 GRIDS = (90, 128)
@@ -28,7 +29,8 @@ def stand_in(device: torch.device) -> Get3dModel:
 
 @torch.no_grad()
 def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
-    """A row per step: seconds (median of warm runs; plain ways once) and resident memory afterwards."""
+    """A row per step: seconds (median of warm runs; plain ways once) and resident memory afterwards; then ratios. On CUDA
+    also the synthesis in bfloat16 as a graph, and how far it is from float32."""
     codes = model.sample(0, 0.7, {}).codes
     field = model.decode(model.sample(0, 0.7, {}))[0]
     points = torch.rand(1, 100_000, 3, device=model.device) - 0.5
@@ -39,9 +41,15 @@ def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
         ("sdf at 100 000 points", lambda: field.decoded.sdf(points), repeat),
         ("colour at 100 000 points", lambda: field.decoded.color(points), repeat),
     ]
+    fast = FastSynthesis(model.generator.synthesis)
+    if model.device.type == "cuda":
+        steps.insert(2, ("synthesis in bfloat16, as a graph",
+                         lambda: fast(codes["body/shape"][None], codes["body/tex"][None]), repeat))  # fmt: skip
+    ways = (("surface", extract_surface, repeat), ("plain marching", reference.extract_dense, 1),
+            ("flexicubes", flexicubes.extract_surface, repeat), ("plain flexicubes", reference.extract_dual_dense, 1))
     for grid in GRIDS:
-        steps += [(f"surface at {grid}", lambda grid=grid: extract_surface(field, grid), repeat),
-                  (f"plain marching at {grid}", lambda grid=grid: reference.extract_dense(field, grid), 1)]  # fmt: skip
+        steps += [(f"{name} at {grid}", lambda way=way, grid=grid: way(field, grid), times)
+                  for name, way, times in ways]  # fmt: skip
     rows = []
     for name, work, times in steps:
         if times > 1:
@@ -51,8 +59,14 @@ def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
                      "rss_mib": round(psutil.Process().memory_info().rss / 2**20)})  # fmt: skip
     by_name = {row["step"]: row["seconds"] for row in rows}
     for grid in GRIDS:
-        ratio = by_name[f"plain marching at {grid}"] / by_name[f"surface at {grid}"]
-        rows.append({"step": f"plain / ours at {grid}", "ratio": round(ratio, 1)})
+        for plain, ours in (("plain marching", "surface"), ("plain flexicubes", "flexicubes")):
+            ratio = by_name[f"{plain} at {grid}"] / by_name[f"{ours} at {grid}"]
+            rows.append({"step": f"{plain} / {ours} at {grid}", "ratio": round(ratio, 1)})
+    if model.device.type == "cuda":
+        exact = model.generator.synthesis(codes["body/shape"][None], codes["body/tex"][None])
+        found = error(fast(codes["body/shape"][None], codes["body/tex"][None]), exact, points)
+        rows += [{"step": f"error of bfloat16, {name}", "text": f"{x:.2%} rms"} for name, x in found.items()]
+        rows.append({"step": "most GPU memory", "text": f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"})
     return rows
 
 

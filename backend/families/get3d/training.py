@@ -4,6 +4,7 @@
     z -> w -> fields -> mesh --rasterise--> points --texture field--> colour, silhouette --> two critics
 
     generator  softplus(-D_rgb) + softplus(-D_mask) + 0.01 cross entropy of signs + mean |sdf| of shapes without surface
+               (and with FlexiCubes 0.5 L_dev + 0.1 mean squared weight)
     critics    softplus(D(fake)) + softplus(-D(real)) each, and every 16 steps 16 gamma/2 |gradient at reals|^2
 
 What is ours: fakes are seen by cameras of the folder; one set of fakes serves both sides of a step; the colour outside
@@ -24,23 +25,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backend.families.base import seeded_normal
+from backend.families.get3d import surfaces
 from backend.families.get3d.config import Config
 from backend.families.get3d.discriminator import DualDiscriminator
-from backend.families.get3d.dmtet import TetGrid, march, repair, sign_cross_entropy
-from backend.families.get3d.fields import PLANE_AXES, FieldMLP, to_unit
-from backend.families.get3d.networks import Decoded, Generator, UnifiedSynthesis, mixed_rows
-from backend.networks.stylegan2 import leaky_relu, modulated_linear
+from backend.families.get3d.networks import Decoded, Generator, mixed_rows
+from backend.families.get3d.surfaces import FAR, NEAR, Shapes, Surfacer
 from backend.protocol import PopulaceError
-from backend.render.camera import Camera, perspective, to_clip
-from backend.render.rasterize import rasterize, sample
-from backend.render.silhouette import antialias
+from backend.render.camera import Camera, perspective
 from backend.training import checkpoint
 from backend.training.discriminators import discriminator_loss, generator_loss, r1_penalty
 from backend.training.loop import Phase
 from backend.training.renders import Renders
 from backend.training.renders_blender import looking_at
 
-NEAR, FAR = 0.1, 1000.0
 MEAN_DECAY = 0.998  # of the mean w
 AIMED = 1e-3  # units by which a camera may miss the origin
 _MEASURED_AT_ONCE = 8
@@ -60,7 +57,6 @@ class Settings:
     rate: float = 0.002
     r1_every: int = 16
     mixing: float = 0.9  # share of shapes whose rows come of two codes
-    cross: float = 0.01  # weight of the cross entropy of signs
     measured: int = 512  # pictures of a Frechet distance
     measure_every: int = 2000  # steps
 
@@ -86,8 +82,7 @@ class Fakes:
 
     pictures: Float[Tensor, "B 4 R R"]  # colour in -1..1, antialiased coverage in 0..1
     cameras: Float[Tensor, "B 2"]
-    cross: Tensor  # mean over the samples
-    empty: Tensor  # mean |sdf| of shapes without a surface, 0 of others
+    shapes: Shapes
 
 
 class Get3dStage:
@@ -123,9 +118,7 @@ class Get3dStage:
             self.generator.synthesis.to_rgb.bias.fill_(-1.0)
         self.generator.to(self.device)
         self.critics.to(self.device)
-        self.grid = TetGrid.cubic(settings.grid, settings.config.scale).to(self.device)
-        axis = self.grid.vertices[:, 2].reshape(-1, settings.grid + 1)[0]  # nodes come in lexicographic order
-        self.axis = to_unit(axis, settings.config.scale)
+        self.surfacer = Surfacer(settings.config, settings.grid, self.device)
         self.learned = dict(self.generator.named_parameters())
         self.average = checkpoint.MovingAverage(self.learned, settings.half_life)
         self.generator_optimiser = _adam(self.generator, settings.rate, 4)
@@ -156,48 +149,19 @@ class Get3dStage:
             out.append(torch.cat(mixed))
         return out[0], out[1]
 
-    def fields(self, decoded: Decoded) -> tuple[Float[Tensor, "B V"], Float[Tensor, "B V 3"]]:
-        """Values and offsets at the grid's vertices. The unified generator's planes separate on the lattice."""
-        synthesis = self.generator.synthesis
-        if isinstance(synthesis, UnifiedSynthesis):
-            parts = _on_lattice(decoded.geometry[0], self.axis)
-            sdf = _separated(parts, synthesis.generator.mlp_synthesis_sdf, decoded.geo_rows)[..., 0]
-            deform = _separated(parts, synthesis.generator.mlp_synthesis_def, decoded.geo_rows)
-            return sdf, torch.tanh(deform) * self.settings.config.reach
-        points = self.grid.vertices.expand(len(decoded.texture), -1, -1)
-        return decoded.sdf(points), decoded.offset(points)
-
-    def see(self, decoded: Decoded, c2w: Float[Tensor, "B 4 4"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [B, 4, R, R] of the shapes by one camera each; mean cross entropy of signs, and mean |sdf| of those
-        without a surface."""
-        raw, offset = self.fields(decoded)
-        sdf, empty = repair(raw, self.grid.centre, self.grid.border)
-        size, count = (self.size, self.size), len(raw)
-        mvp = Camera(c2w, self.projection.expand(count, 4, 4)).mvp
-        points, pixels, masks, cross = [], [], [], []
-        for i in range(count):
-            cross.append(sign_cross_entropy(sdf[i], self.grid.edges))
-            vertices, faces = march(self.grid.vertices + offset[i], sdf[i], self.grid.tets)
-            clip = to_clip(vertices, mvp[i])[None]
-            raster = rasterize(clip, faces, size)
-            covered = raster.mask[..., None].to(clip.dtype)
-            masks.append(antialias(covered, raster, clip, faces).permute(0, 3, 1, 2))
-            points.append(sample(vertices, raster, faces))
-            pixels.append(raster.pixels)
-        longest = max(1, max(len(p) for p in points))
-        asked = torch.stack([functional.pad(p, (0, 0, 0, longest - len(p))) for p in points])
-        features = decoded.features(asked)
-        image = features.new_zeros(count, self.size**2, features.shape[2])
-        image = torch.stack([image[i].index_copy(0, p, features[i, : len(p)]) for i, p in enumerate(pixels)])
-        colors = decoded.to_rgb(image).unflatten(1, size).permute(0, 3, 1, 2)
-        return torch.cat([colors, torch.cat(masks)], 1), torch.stack(cross).mean(), empty.mean()
+    def see(self, decoded: Decoded, c2w: Float[Tensor, "B 4 4"]) -> tuple[Float[Tensor, "B 4 R R"], Shapes]:
+        """Pictures of the shapes by one camera each, and their meshes."""
+        shapes = self.surfacer(decoded)
+        mvp = Camera(c2w, self.projection.expand(len(c2w), 4, 4)).mvp
+        colors, masks = surfaces.see(decoded, shapes, mvp[:, None], self.size)
+        return torch.cat([colors[:, 0], masks[:, 0]], 1), shapes
 
     def fakes(self, step: int, samples: range) -> Fakes:
         rngs = [np.random.default_rng([self.seed, step, i, 3]) for i in samples]
         c2w = torch.from_numpy(np.stack([self.pool.views[rng.integers(len(self.pool.views))].c2w for rng in rngs]))
         geo, tex = self.rows(step, samples)
-        pictures, cross, empty = self.see(self.generator.synthesis(geo, tex), c2w.to(self.device))
-        return Fakes(pictures, angles(c2w).to(self.device), cross, empty)
+        pictures, shapes = self.see(self.generator.synthesis(geo, tex), c2w.to(self.device))
+        return Fakes(pictures, angles(c2w).to(self.device), shapes)
 
     def reals(self, step: int, samples: range) -> tuple[Float[Tensor, "B 4 R R"], Float[Tensor, "B 2"]]:
         rngs = [np.random.default_rng([self.seed, step, i, 4]) for i in samples]
@@ -215,9 +179,10 @@ class Get3dStage:
             kept.append(fakes)
             rgb, mask = self._scores(fakes.pictures, fakes.cameras)
             game = generator_loss(rgb[:, 0]) + generator_loss(mask[:, 0])
-            figures = {"fool": float(game.detach()), "cross": float(fakes.cross.detach()),
-                       "empty": float(fakes.empty.detach())}  # fmt: skip
-            return game + s.cross * fakes.cross + fakes.empty, figures
+            shapes = fakes.shapes
+            figures = {"fool": float(game.detach()), "cross": float(shapes.cross.detach()),
+                       "empty": float(shapes.empty.detach())}  # fmt: skip
+            return game + shapes.regulariser(), figures
 
         def critic() -> tuple[Tensor, dict[str, float]]:
             lazily = step % s.r1_every == 0
@@ -370,28 +335,6 @@ def _adam(module: nn.Module, rate: float, every: int) -> torch.optim.Adam:
     """With the correction for a regulariser that only runs now and then (StyleGAN2, appendix B)."""
     share = every / (every + 1)
     return torch.optim.Adam(module.parameters(), rate * share, (0.0, 0.99**share), 1e-8)
-
-
-def _on_lattice(planes: Float[Tensor, "B 3 R R C"], axis: Float[Tensor, " n"]) -> list[Float[Tensor, "B n n C"]]:
-    """Each plane at all nodes of its two axes, the lower axis first."""
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    grid = torch.stack([u, v], -1).expand(len(planes), -1, -1, -1)
-    return [functional.grid_sample(plane.permute(0, 3, 1, 2), grid, align_corners=False).permute(0, 3, 2, 1)
-            for plane, _ in zip(planes.unbind(1), PLANE_AXES, strict=True)]  # fmt: skip
-
-
-def _separated(
-    parts: Sequence[Float[Tensor, "B n n C"]], mlp: FieldMLP, ws: Sequence[Float[Tensor, "B W"]]
-) -> Float[Tensor, "B V O"]:
-    """`mlp` at all nodes, lexicographic: its first layer is applied to the planes before they are summed."""
-    first, count = mlp.layers[0], parts[0].shape[1]
-    styles, zero = first.affine(ws[0]), torch.zeros_like(first.bias)
-    xy, yz, xz = (modulated_linear(part.flatten(1, 2), first.weight, zero, styles).unflatten(1, (count, count))
-                  for part in parts)  # fmt: skip
-    x = (xy[:, :, :, None] + yz[:, None] + xz[:, :, None] + first.bias).flatten(1, 3)
-    for layer, w in zip(list(mlp.layers)[1:], list(ws)[1:], strict=True):
-        x = layer(leaky_relu(x), w)
-    return x
 
 
 def at_size(name: str, **changes: object) -> Settings:
