@@ -26,6 +26,7 @@ def _modules() -> tuple[ModuleType, ...]:
         human_panel,
         operators,
         panel,
+        placing,
         preferences,
         properties,
         replacing,
@@ -42,7 +43,7 @@ def _modules() -> tuple[ModuleType, ...]:
 
     setup = [importlib.import_module(f".setup.{name}", __package__) for name in ("operators", "panel")
              if find_spec(".setup", __package__)]  # not in the slim zip # fmt: skip
-    artist = replacing, thumbnails, editing, attributes, history, edit_operators, photo_operators
+    artist = replacing, thumbnails, editing, attributes, history, edit_operators, placing, photo_operators
     crowds = crowd_form, crowd_operators, crowd_places
     return (preferences, properties, operators, *artist, *crowds, assets, chores, *setup, weights, panel, human_panel,
             crowd_panel, tasks, command_line, translations)  # fmt: skip

@@ -508,4 +508,12 @@ GERMAN: Final = {
     "Removing": "Entfernt",
     "Checking the earlier version": "Prüft die frühere Fassung",
     "Take from {name}": "Von {name} nehmen",
+    "Let the active human stand at a point of the world, feet on its height": "Die aktive Person an einen Punkt der Welt stellen, die Füße auf seiner Höhe",
+    "Stand at Point": "An Punkt stellen",
+    "Location": "Ort",
+    "Where the feet are, in the world": "Wo die Füße sind, in der Welt",
+    "Click on a face to let the active human stand there. Right-click leaves it where it is": "Auf eine Fläche klicken, um die aktive Person dorthin zu stellen. Ein Rechtsklick lässt sie, wo sie ist",
+    "Place on Face": "Auf Fläche stellen",
+    "This needs a mouse: use bpy.ops.populace.stand_at": "Das braucht eine Maus: bpy.ops.populace.stand_at verwenden",
+    "There is no face under the mouse": "Unter der Maus ist keine Fläche",
 }

@@ -222,6 +222,29 @@ def test_a_leak_would_be_seen(faked: SimpleNamespace, monkeypatch: pytest.Monkey
     assert bench._cycles(faked.tasks.session(), job, human, 2)["leaked"] == {"meshes": 2}
 
 
+def test_panels_are_redrawn_only_when_something_to_see_has_changed(
+    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(faked.tasks, "redraw", lambda: drawn.append(1))
+    job = submit(faked)[0]
+    pump_until(faked, lambda: job.taken)
+    assert drawn
+    faked.tasks.pump()
+    drawn.clear()
+    for _ in range(50):
+        faked.tasks.pump()
+    assert not drawn
+
+
+def test_a_tick_that_fails_does_not_end_the_timer(
+    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(faked.tasks, "pump", lambda: 1 / 0)
+    assert faked.tasks._tick() > 0
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_add_on_off_in_mid_job_and_on_again(faked: SimpleNamespace) -> None:
     addon_utils = importlib.import_module("addon_utils")
     submit(faked, 3)

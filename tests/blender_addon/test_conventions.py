@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 from tests.blender_addon.conftest import PACKAGE
 from tests.blender_addon.said import ADDON
 
-FOREIGN = {"bpy", "numpy", "mathutils"}  # all that is not the standard library's
+FOREIGN = {"bpy", "bpy_extras", "numpy", "mathutils"}  # all that is not the standard library's
 SMALL = {"a", "and", "as", "by", "for", "from", "in", "of", "the", "to", "with"}  # in titles as Blender writes them
 INSTALLER = ("setup/__main__.py", "setup/installer")  # a program of its own, with no Blender in it
 IN_BLENDER = sorted(path for path in ADDON.rglob("*.py")
@@ -138,3 +139,19 @@ def test_preferences_and_folders_go_by_the_package(addon: SimpleNamespace) -> No
     folder = history._folder()
     assert folder.is_dir()
     assert not {ADDON, ADDON.resolve()} & {*folder.parents, *folder.resolve().parents}, "replaced on every update"
+
+
+def test_the_list_of_conventions_names_tests_that_there_are() -> None:
+    """tests/README.md says for every point which test keeps it: by a piece of its name."""
+    folder = ADDON.parent / "tests"
+    names = [node.name for path in folder.rglob("test_*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
+             if isinstance(node, ast.FunctionDef)]  # fmt: skip
+    page = (folder / "README.md").read_text("utf-8").partition("# Conventions")[2]
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|") and line.count("|") == 4]
+    said = [name.removesuffix("_...") for row in rows for name in re.findall(r"`([a-z_0-9.]+)`", row[-1])]
+    assert len(said) > 50
+    assert not [name for name in said if not any(name in known for known in names)]
+    files = [f"{name}.py" for row in rows for name in re.findall(r"\b((?:backend/)?test_\w+)", row[-1])]
+    assert not [file for file in files if not ((folder / file).exists() or (folder / "blender_addon" / file).exists())]
+    modules = [name for row in rows for name in re.findall(r"\b[\w/]+\.py\b", row[1])]
+    assert not [name for name in modules if not ((ADDON / name).exists() or (ADDON.parent / name).exists())]

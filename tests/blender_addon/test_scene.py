@@ -227,6 +227,32 @@ def test_feet_stand_at_the_cursor_in_the_scenes_units(addon: SimpleNamespace) ->
     assert root.populace.height_m == pytest.approx(1.8)
 
 
+def test_a_person_is_put_on_the_face_under_the_mouse(addon: SimpleNamespace) -> None:
+    """The ray of a click passes the person's own faces and stops at the first other one; the move is an operator."""
+    import importlib
+
+    from mathutils import Matrix, Vector
+
+    placing = importlib.import_module(f"{addon.scene.__package__}.placing")
+    bpy = addon.bpy
+    root = insert(addon, making.packet(rings=6))
+    bpy.ops.mesh.primitive_plane_add(size=10, location=(0, 0, 0.25))
+    bpy.ops.mesh.primitive_plane_add(size=10, location=(0, 0, -3))
+    root.matrix_world = Matrix.Rotation(0.5, 4, "Z")
+    bpy.context.view_layer.update()
+    down = Vector((0, 0, -1))
+    place = placing.point_under(bpy.context, Vector((0.1, 0.2, 5)), down, root)
+    assert place[:] == pytest.approx((0.1, 0.2, 0.25))
+    assert placing.point_under(bpy.context, Vector((0, 0, 5)), -down, root) is None
+    bpy.context.view_layer.objects.active = root.children[0]
+    assert bpy.ops.populace.stand_at("EXEC_DEFAULT", True, location=place) == {"FINISHED"}
+    assert root.matrix_world.translation[:] == pytest.approx((0.1, 0.2, 0.25))
+    assert root.matrix_world.to_euler().z == pytest.approx(0.5), "turned as before"
+    assert addon.snippets.last[-1].startswith("bpy.ops.populace.stand_at(location=")
+    with pytest.raises(RuntimeError, match="stand_at"):
+        bpy.ops.populace.place_human()
+
+
 def test_a_batch_stands_in_a_row_in_one_collection(addon: SimpleNamespace) -> None:
     human = addon.packet.read(making.packet(rings=4))
     batch = addon.scene.Batch("Humans 7-9", 3, (1.0, 2.0, 0.0))
