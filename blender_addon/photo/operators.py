@@ -16,6 +16,7 @@ from ..actions import Action, Result, Work, can_edit, in_object_mode, needs
 from ..messages import MAX_IMAGE_BYTES, PHOTO_POSE, BackendError, Request
 from ..packet import Human
 from ..properties import active_human, output_of, output_properties, pose_names
+from ..translations import told
 from . import camera, keeping
 
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
@@ -126,7 +127,8 @@ class POPULACE_OT_from_photo(Action, bpy.types.Operator):
         if len(paths := self._paths()) == 1:
             column.label(text=paths[0].name, icon="IMAGE_DATA", translate=False)
         elif paths:
-            column.label(text=f"{len(paths)} photos of one person", icon="IMAGE_DATA")
+            text = told("{n} photos of one person", n=len(paths))
+            column.label(text=text, icon="IMAGE_DATA", translate=False)
         for name in ("as_posed", "reference"):
             column.prop(self, name)
         column.separator()
