@@ -212,7 +212,7 @@ def _invert(args: argparse.Namespace) -> None:
     from backend.photo.album import Album
 
     if args.mask and len(args.mask) != len(args.photos):
-        raise PopulaceError("invalid_request", f"{len(args.photos)} photos and {len(args.mask)} masks were given.",
+        raise PopulaceError("invalid_request", f"There are photos: {len(args.photos)}, masks: {len(args.mask)}.",
                             "Give --mask once for every photo, in their order, or not at all.")  # fmt: skip
     album, photos = Album(), []
     for i, path in enumerate(args.photos):

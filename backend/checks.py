@@ -36,6 +36,9 @@ def check(request: GenerateRequest) -> None:
         able = [other.name for other in families.infos() if "image" in other.inputs]
         raise PopulaceError("invalid_request", f"The family {request.family!r} makes nobody from photos.",
                             f"These do: {', '.join(able) or 'none yet'}.")  # fmt: skip
+    if "seed" not in info.inputs and not request.photos and request.latents is None:
+        raise PopulaceError("invalid_request", f"The family {request.family!r} makes people from photos only.",
+                            "Give a photo, or choose another family.")  # fmt: skip
     if request.pose not in poses.pose_names() and not (request.photos and request.pose == PHOTO_POSE):
         raise PopulaceError("invalid_request", f"There is no pose called {request.pose!r}.",
                             f"Choose one of: {', '.join(poses.pose_names())}.")  # fmt: skip

@@ -47,15 +47,17 @@ class Seen:
     def facts(self, asset: HumanAsset, floor: float) -> dict[str, Any]:
         """What the packet tells of the first photo. Its camera moves with the person, who in the packet stands on
         y = 0 instead of `floor`, and is lifted so that the lowest vertex of the photo's pose does, too."""
-        first, camera = self.photos[0], self.encoded.camera
-        c2w = np.array(camera["c2w"], np.float64)
-        c2w[1, 3] -= floor
-        if asset.skeleton is not None:
-            posed = [asset.parts[i] for i in asset.at_lod(0)]
-            c2w[:3, 3] += place(REST, asset.skeleton, posed, self.encoded.rotations)[1][0]
+        first, camera = self.photos[0], dict(self.encoded.camera)
+        if camera:
+            c2w = np.array(camera["c2w"], np.float64)
+            c2w[1, 3] -= floor
+            if asset.skeleton is not None:
+                posed = [asset.parts[i] for i in asset.at_lod(0)]
+                c2w[:3, 3] += place(REST, asset.skeleton, posed, self.encoded.rotations)[1][0]
+            camera = {"c2w": c2w.round(6).tolist(), "fov_y_rad": float(camera["fov_y_rad"]),
+                      "width": int(camera["width"]), "height": int(camera["height"])}  # fmt: skip
         return {
-            "camera": {"c2w": c2w.round(6).tolist(), "fov_y_rad": float(camera["fov_y_rad"]),
-                       "width": int(camera["width"]), "height": int(camera["height"])},
+            "camera": camera,
             "rotations": {bone: [float(x) for x in turn] for bone, turn in self.encoded.rotations.items()},
             "box": list(first.box),
             "scores": {name: round(float(score), 5) for name, score in self.encoded.scores.items()
