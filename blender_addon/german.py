@@ -372,6 +372,8 @@ GERMAN: Final = {
     "JSON of what to set, such as {\"height_m\": 1.8}": "JSON dessen, was zu setzen ist, etwa {\"height_m\": 1.8}",
     "Latents": "Latents",
     "JSON of codes that replace those of the seed": "JSON der Codes, die die des Startwerts ersetzen",
+    "Parameters": "Parameter",
+    "JSON of what the family takes besides": "JSON dessen, was die Familie sonst noch annimmt",
     "Nothing is being made": "Nichts wird gerade erzeugt",
     "No job is finished": "Kein Auftrag ist fertig",
     "The generator is not running": "Der Generator läuft nicht",

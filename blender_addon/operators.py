@@ -31,6 +31,8 @@ class POPULACE_OT_generate(Action, bpy.types.Operator):
                                  options={"SKIP_SAVE", "HIDDEN"}),
         "latents": StringProperty(name="Latents", description="JSON of codes that replace those of the seed",
                                   options={"SKIP_SAVE", "HIDDEN"}),
+        "parameters": StringProperty(name="Parameters", description="JSON of what the family takes besides",
+                                     options={"SKIP_SAVE", "HIDDEN"}),
     }  # fmt: skip
 
     @classmethod
@@ -49,7 +51,8 @@ class POPULACE_OT_generate(Action, bpy.types.Operator):
 
     def work(self, context: bpy.types.Context) -> Work:
         base = Request(family=self.family, truncation_psi=self.truncation_psi, prompt=self.prompt.strip() or None,
-                       latents=self._json("latents"), **output_of(self))  # fmt: skip
+                       latents=self._json("latents"), parameters=self._json("parameters") or {},
+                       **output_of(self))  # fmt: skip
         if values := self._json("values"):
             base = replace(base, edits=[{"op": "set", "values": values}])
         name = f"Humans {self.seed}" if self.count == 1 else f"Humans {self.seed}-{self.seed + self.count - 1}"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from backend.families.people.model import PeopleModel
     from backend.training.loop import World
 
-FAMILIES = ("people", "get3d", "get3dhuman")
+FAMILIES = ("people", "get3d", "get3dhuman", "sifu", "gta")
 STAGES = ("fit", "adversarial", "superres")
+ENCODER = "encoder"  # of photos; a stage of its own: what codes mean stays as it is
 HUMAN_STAGES = ("teacher", "shape", "texture", "refine")
 SHARES = {"adversarial": 2 / 3, "superres": 1 / 3}  # of the minutes, when both are asked for
 
@@ -39,13 +40,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=FAMILIES, default="people", help="default: people")
     parser.add_argument("--kit", type=Path, help="a MakeHuman or MPFB data folder, for people")
     parser.add_argument("--renders", type=Path, metavar="DIR", help="a folder that populace renders wrote, for others")
+    parser.add_argument("--people", type=positive, default=300,
+                        help="so many sampled people, for sifu, gta and the encoder (default: 300)")  # fmt: skip
     parser.add_argument("--resume", "--out", type=Path, required=True, metavar="DIR",
                         help="run folder, made or continued")  # fmt: skip
     parser.add_argument("--resolution", type=positive, help="shrink the renders to so many pixels (default: as are)")
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="small",
                         help="tiny: for tests; small: two CPU cores; base: a GPU (default: small)")  # fmt: skip
-    parser.add_argument("--stage", choices=(*STAGES, *HUMAN_STAGES, "all"),
-                        help="of people (default: fit), or of get3dhuman: teacher, shape, texture, refine "
+    parser.add_argument("--surface", choices=("dmtet", "flexicubes"), default="dmtet", help="of get3d (default: dmtet)")
+    parser.add_argument("--stage", choices=(*STAGES, ENCODER, *HUMAN_STAGES, "all"),
+                        help="of people (default: fit; encoder: of photos, without a kit), or of get3dhuman: teacher, "
+                        "shape, texture, refine "
                         "(default: all)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60,
                         help="for all stages but fit together, of this session (default: 60)")  # fmt: skip
@@ -60,13 +65,15 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 130 when interrupted; raises PopulaceError."""
     if not args.minutes > 0:
         raise PopulaceError("invalid_request", f"--minutes {args.minutes:g}: there must be some.", "See --help.")
-    if args.family == "people" and (args.kit is None or not args.kit.is_dir()):
+    if args.family == "people" and args.stage != ENCODER and (args.kit is None or not args.kit.is_dir()):
         what = "People are trained on a kit." if args.kit is None else f"There is no folder {args.kit}."
         raise PopulaceError("invalid_request", what, "--kit wants a MakeHuman data folder.")
+    if args.family in ("sifu", "gta"):
+        return _photographed(args)
     if args.family != "people" and args.renders is None:
         raise PopulaceError("invalid_request", f"{args.family} is trained on renders.",
                             "Make some with populace renders and name the folder: --renders FOLDER.")  # fmt: skip
-    known = {"people": STAGES, "get3d": (), "get3dhuman": HUMAN_STAGES}[args.family]
+    known = {"people": (*STAGES, ENCODER), "get3d": (), "get3dhuman": HUMAN_STAGES}[args.family]
     if args.stage not in (None, "all", *known):
         raise PopulaceError("invalid_request", f"{args.family} has no stage {args.stage!r}.",
                             f"It has: {', '.join(known) or 'one, without a name'}.")  # fmt: skip
@@ -84,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
         train = from_renders.get3d if args.family == "get3d" else from_renders.get3dhuman
         return train(args, device, world)
+    if args.stage == ENCODER:
+        return _encoder(args, device, world)
     stages = STAGES if args.stage == "all" else (args.stage or "fit",)
     asked = sum(SHARES.get(s, 0) for s in stages)
     for stage in stages:
@@ -98,6 +107,52 @@ def run(args: argparse.Namespace) -> int:
         args.export.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(done, args.export)
     return 0
+
+
+def _encoder(args: argparse.Namespace, device: torch.device, world: World) -> int:
+    """The photo encoder of the weights in use; writes `encoder.safetensors` in the run folder."""
+    from backend.training import loop
+    from backend.training.encoder import EncoderStage, make_figures
+    from backend.training.encoder import Settings as Plan
+
+    model = _load(None, device)
+    if world.rank == 0:
+        make_figures(model, args.resume / "figures", args.people)
+    world.total([0], device)
+    plan = Plan(batch=8 if args.size == "tiny" else 32, steps=args.max_steps or Plan.steps)
+    stage = EncoderStage(model, make_figures(model, args.resume / "figures", args.people), plan, args.seed)
+    facts = {"stage": ENCODER, "size": args.size, "seed": args.seed, "start": model.weights_sha256}
+    box = loop.Box(minutes=args.minutes, max_steps=args.max_steps or plan.steps)
+    outcome = loop.run(stage, args.resume / ENCODER, box, world, facts)
+    log.info("encoder: %d steps, ended by %s, %s", outcome.steps, outcome.stopped, json.dumps(outcome.figures))
+    if world.rank == 0:
+        stage.export(args.resume / f"{ENCODER}.safetensors")
+        if args.export:
+            args.export.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(args.resume / f"{ENCODER}.safetensors", args.export)
+    return 130 if outcome.stopped == "interrupted" else 0
+
+
+def _photographed(args: argparse.Namespace) -> int:
+    """Reconstruction from photos, trained on the default model's own people: neither kit nor renders are needed."""
+    logging.getLogger("backend.training").setLevel(logging.INFO)
+    import torch
+
+    from backend.families.sifu.training import train
+    from backend.training.loop import World
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args.device)
+    path, outcome = train(
+        args.family, args.resume, args.size, args.people, args.minutes, args.max_steps or float("inf"), args.seed,
+        device, World.join(device),
+    )  # fmt: skip
+    log.info("%s: %d steps, ended by %s, %s", args.family, outcome.steps, outcome.stopped, json.dumps(outcome.figures))
+    if path is not None and args.export:
+        args.export.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, args.export)
+    return 130 if outcome.stopped == "interrupted" else 0
 
 
 def _fit(kit: Path, folder: Path, size: str, seed: int) -> None:

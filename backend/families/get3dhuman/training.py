@@ -65,28 +65,30 @@ class Distiller:
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the generator and one of the critic; what each term was, unweighted."""
-        real = self._real(batch.prior)
-        terms, fake = self._terms(batch)
-        self.generator_step.zero_grad()
-        total = sum(getattr(self.weights, name) * term for name, term in terms.items())
-        assert isinstance(total, Tensor)
-        total.backward()
-        _finite(self.generator_step)
-        self.generator_step.step()
+        loss, terms, fake = self.generator_loss(batch)
+        _apply(self.generator_step, loss)
         if self.steps % PATH_EVERY == 0:
-            terms["path"] = self._straighten(batch)
-
-        self.critic_step.zero_grad()
-        seen = real.detach().requires_grad_(self.steps % R1_EVERY == 0)
-        scores = self.critic(seen)
-        critic = losses.discrimination(scores, self.critic(fake.detach()))
-        if seen.requires_grad:
-            critic = critic + R1_EVERY * losses.r1(scores, seen, self.weights.r1_gamma)
-        critic.backward()
-        _finite(self.critic_step)
-        self.critic_step.step()
+            penalty = self.path_loss(batch)
+            _apply(self.generator_step, penalty)
+            terms["path"] = penalty / (PATH_WEIGHT * PATH_EVERY)
+        critic = self.critic_loss(batch.prior, fake, self.steps % R1_EVERY == 0)
+        _apply(self.critic_step, critic)
         self.steps += 1
         return {name: float(term.detach()) for name, term in {**terms, "critic": critic}.items()}
+
+    def generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Float[Tensor, "B C H W"]]:
+        """The weighted sum, its terms, and what the critic is to judge."""
+        terms, fake = self._terms(batch)
+        total = sum(getattr(self.weights, name) * term for name, term in terms.items())
+        assert isinstance(total, Tensor)
+        return total, terms, fake
+
+    def critic_loss(self, prior: Prior, fake: Float[Tensor, "B C H W"], lazily: bool) -> Tensor:
+        """With `lazily` also R1, as often as it counts."""
+        seen = self._real(prior).detach().requires_grad_(lazily)
+        scores = self.critic(seen)
+        loss = losses.discrimination(scores, self.critic(fake.detach()))
+        return loss + R1_EVERY * losses.r1(scores, seen, self.weights.r1_gamma) if lazily else loss
 
     def _real(self, prior: Prior) -> Float[Tensor, "B C H W"]:
         """What the critic takes for true: a shape's volume, or shape and texture together."""
@@ -131,8 +133,9 @@ class Distiller:
         other = self.backbone.mapping(torch.randn(z.shape, generator=self.random).to(z))
         return torch.cat([ws[:, :cut], other[:, cut:]], 1)
 
-    def _straighten(self, batch: Batch) -> Float[Tensor, ""]:
-        """Path length (Karras et al. 2020): a step in w shall move the picture alike everywhere. Half the batch."""
+    def path_loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """Path length (Karras et al. 2020), weighted: a step in w shall move the picture alike everywhere. Half the
+        batch."""
         z = batch.z_shape if self.branch == "shape" else batch.z_texture
         ws = self._rows(z[: math.ceil(len(z) / 2)], mixed=True)
         picture = self.backbone(ws)
@@ -140,12 +143,7 @@ class Distiller:
         (slope,) = torch.autograd.grad((picture * noise).sum(), ws, create_graph=True)
         length = slope.square().sum(2).mean(1).sqrt()
         self.path_mean = self.path_mean.to(length).lerp(length.detach().mean(), PATH_DECAY)
-        penalty = (length - self.path_mean).square().mean()
-        self.generator_step.zero_grad()
-        (penalty * PATH_WEIGHT * PATH_EVERY).backward()
-        _finite(self.generator_step)
-        self.generator_step.step()
-        return penalty
+        return (length - self.path_mean).square().mean() * (PATH_WEIGHT * PATH_EVERY)
 
 
 def _adam(modules: Iterable[nn.Module], every: int) -> torch.optim.Adam:
@@ -155,9 +153,12 @@ def _adam(modules: Iterable[nn.Module], every: int) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=RATE * share, betas=(BETAS[0] ** share, BETAS[1] ** share))
 
 
-def _finite(optimizer: torch.optim.Optimizer) -> None:
-    """Gradients that are no numbers count nothing, infinite ones are large."""
+def _apply(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step. Gradients that are no numbers count nothing, infinite ones are large."""
+    optimizer.zero_grad()
+    loss.backward()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 torch.nan_to_num_(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5)
+    optimizer.step()
