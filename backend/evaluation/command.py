@@ -16,6 +16,7 @@ from backend import options
 from backend.protocol import PopulaceError
 from backend.settings import Settings
 
+PEOPLE, PHOTOGRAPHED = 500, 200  # if no --count is given
 KIT = "MAKEHUMAN_DATA"  # environment variable
 NEED_KIT = {"renders", "shapes", "novelty", "reconstruction"}
 SECTIONS = ("renders", "shapes", "novelty", "health", "height", "swap", "labels", "attributes",
@@ -26,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Of `populace eval`."""
     parser.add_argument("--family", default="people", help="model family (default: people)")
     parser.add_argument("--kit", type=Path, help=f"MakeHuman data folder (default: the environment's {KIT})")
-    parser.add_argument("--count", type=options.positive, default=500, help="people in each set (default: 500)")
+    parser.add_argument("--count", type=options.positive, help="people in each set (default: 500)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop adding people after 60%% of this time")
     parser.add_argument("--cache", type=Path, help="folder that keeps every person: a killed run goes on from there")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure (default: all)")
@@ -36,6 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few", type=options.positive, default=25, help="for swaps, labels, sliders (default: 25)")
     parser.add_argument("--objects", type=options.positive, default=100, help="people taken apart (default: 100)")
     parser.add_argument("--inception", type=Path, help="torchvision's inception_v3 weights as safetensors, for FID")
+    parser.add_argument("--inversion", action="store_true",
+                        help="photos to people instead of all the above; 200 where there is no --count")  # fmt: skip
+    parser.add_argument("--photos", type=options.positive, default=1, help="of each person (default: 1)")
+    parser.add_argument("--steps", type=int, default=60, help="of the fit, 0: the encoder alone (default: 60)")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")
     options.add_device(parser)
 
@@ -49,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
     from backend import families
 
     info = families.info(args.family)
+    if args.inversion:
+        return _inversion(args)
+    args.count = args.count or PEOPLE
     reference = _reference(args) if NEED_KIT & set(args.only) else None
     from backend.evaluation import people
     from backend.progress import Progress
@@ -62,6 +70,25 @@ def run(args: argparse.Namespace) -> None:
             truncation_psi=args.truncation_psi, swaps=args.few, few=args.few, objects=args.objects,
             reconstructions=args.reconstructions, inception=args.inception,
         ), progress.show)  # fmt: skip
+    print(json.dumps(report, indent=2, allow_nan=False) if args.json else as_text(report))
+
+
+def _inversion(args: argparse.Namespace) -> None:
+    """Photos of sampled people, made people again. Only for families whose people can be photographed: `people`."""
+    from backend import families
+
+    if args.family != "people" or args.steps < 0:
+        raise PopulaceError("invalid_request", "--inversion measures the people family, with --steps from 0 on.",
+                            "Leave --family out.")  # fmt: skip
+    from backend.evaluation import inversion
+    from backend.families.people.model import PeopleModel
+    from backend.progress import Progress
+
+    with Progress(plain=True) as progress:
+        settings = Settings.load(device=args.device)
+        model = families.load(args.family, settings.device, settings)
+        assert isinstance(model, PeopleModel)
+        report = inversion.run(model, args.count or PHOTOGRAPHED, args.photos, args.steps, progress.show)
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else as_text(report))
 
 

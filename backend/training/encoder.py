@@ -28,6 +28,7 @@ from backend.photo.posing import forward_kinematics
 from backend.training.checkpoint import MovingAverage, pack_optimiser, under_prefix, unpack_optimiser, with_prefix
 from backend.training.loop import Phase
 from backend.training.photos import (
+    CALM,
     Figure,
     make_figure,
     random_light,
@@ -65,7 +66,7 @@ class Photos(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, index])
         figure = Figure.load(self.figures[int(rng.integers(len(self.figures)))])
-        rotations = random_rotations(rng, figure.bones)
+        rotations = random_rotations(rng, figure.bones, CALM if rng.random() < 0.6 else 1.0)
         vertices = stand(figure, rotations)
         framed, floor = vertices, -1.0
         if rng.random() < 0.08:  # cut off by the lower edge of the photo

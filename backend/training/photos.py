@@ -38,7 +38,8 @@ LIMBS = {"arm_l": ("clavicle_l", "upperarm_l", "lowerarm_l", "hand_l"),
          "arm_r": ("clavicle_r", "upperarm_r", "lowerarm_r", "hand_r")}  # fmt: skip
 LOOSE_JOINTS = {"upperarm": 14.0, "lowerarm": 16.0, "thigh": 7.0, "calf": 7.0, "head": 9.0, "neck_01": 5.0,
                 "spine_01": 3.0, "spine_02": 3.0, "spine_03": 3.0, "hand": 9.0, "foot": 4.0}  # fmt: skip
-"""Degrees of random play (one standard deviation) on top of the library's poses."""
+"""Degrees of random play (one standard deviation) on top of the library's poses, for a play of 1."""
+CALM = 0.4
 UPRIGHT = ("standing_1", "standing_2", "standing_3", "standing_4", "arms_down", "contrapposto", "walking", "walking_2",
            "hands_on_hips", "waving", "rest", "t_pose", "running", "sitting")  # fmt: skip
 SHARES = (0.12, 0.10, 0.08, 0.08, 0.16, 0.08, 0.07, 0.06, 0.06, 0.04, 0.05, 0.04, 0.03, 0.03)
@@ -108,19 +109,20 @@ def random_person(model: PeopleModel, seed: int) -> Latents:
     return latents
 
 
-def random_rotations(rng: np.random.Generator, bones: Bones) -> Float[Array, "J 4"]:
-    """A pose of the library, often another one's arms, sometimes mirrored, with some play in every joint."""
+def random_rotations(rng: np.random.Generator, bones: Bones, play: float = CALM) -> Float[Array, "J 4"]:
+    """A pose of the library, sometimes mirrored, sometimes with another one's arms, with `play` in every joint: CALM as
+    people stand before a camera, 1 as in a dance."""
     names = list(bones.names)
     rotations = _library_pose(rng, bones)
     for limb in LIMBS.values():
-        if rng.random() < 0.35:
+        if rng.random() < 0.35 * play:
             other = _library_pose(rng, bones)
             at = [j for j, name in enumerate(names) if name in limb or _hangs_on(bones, j, names.index(limb[-1]))]
             rotations[at] = other[at]
     for stem, degrees in LOOSE_JOINTS.items():
         for name in (stem, f"{stem}_l", f"{stem}_r"):
             if name in names:
-                turn = rng.normal(0, math.radians(degrees) * (0.5 + rng.random()), 3) * [1.0, 0.6, 1.0]
+                turn = rng.normal(0, math.radians(degrees) * play * (0.5 + rng.random()), 3) * [1.0, 0.6, 1.0]
                 j = names.index(name)
                 rotations[j] = _times(_exp(turn), rotations[j])
     return rotations

@@ -251,14 +251,15 @@ class Fit:
             total = total + (off[:, :3].mean() + off[:, 3:].mean()) * 1.3**level
         return total
 
-    @torch.no_grad()
-    def score(self, size: int = 96) -> float:
+    def score(self) -> float:
         """How far the pictures are from the photos now."""
-        total = 0.0
-        for i, sitting in enumerate(self.sittings):
-            clip, vertices = self.clip(sitting, self.codes["body/shape"], sitting.rotations, sitting.place)
-            total += float(self.difference(i, self.draw(sitting, clip, vertices, size)))
-        return total / len(self.sittings)
+        return sum(map(self.score_of, range(len(self.sittings)))) / len(self.sittings)
+
+    @torch.no_grad()
+    def score_of(self, index: int, size: int = 96) -> float:
+        sitting = self.sittings[index]
+        clip, vertices = self.clip(sitting, self.codes["body/shape"], sitting.rotations, sitting.place)
+        return float(self.difference(index, self.draw(sitting, clip, vertices, size)))
 
     # --- what is sought
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +31,7 @@ from backend.families.people.encoder import (
     write_codes,
     write_part,
 )
-from backend.families.people.fit import CUTS, Fit, Sitting, harmonics, relaxed, surface_of
+from backend.families.people.fit import CUTS, Fit, Sitting, Surface, harmonics, relaxed, surface_of
 from backend.families.people.photo_maps import BODY_BOX, BOXES, HEAD_BOX, Canvas
 from backend.geometry.bake import smooth_normals
 from backend.networks.volumes import Volume
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 FITTED = 192  # pixels of the square that is fitted
 LIKELY = 0.04  # items less likely than this are not tried
 TRIED = 3  # items of a part
+FLIP = 0.01  # score that turning about must win
 DOUBT = 0.002  # score that an item must win for each e-fold by which it is less likely
 FINE = 128  # cells of the surface that photos are laid on
+ASTRAY = 0.7  # log colours between a pixel and its part's from which on it may be another part's
 GRAZING, FRONTAL = 0.12, 0.45  # cosines between which a photo's pixels gain weight
 
 
@@ -105,7 +108,25 @@ def _start(model: PeopleModel, photos: Sequence[PersonPhoto], said: Sequence[Map
         sittings.append(Sitting(seen, rotations, placement(answer, seen.fov)))
     fit = Fit(model, codes, sittings)
     fit.solve_light()
+    _face_about(fit)
     return fit
+
+
+def _face_about(fit: Fit) -> None:
+    """Outlines do not tell front from back: whoever explains the photo better turned about, is turned about."""
+    names = list(fit.model.bones)
+    partner = torch.tensor([names.index(n[:-2] + {"_l": "_r", "_r": "_l"}[n[-2:]]) if n[-2:] in ("_l", "_r") else j
+                            for j, n in enumerate(names)])  # fmt: skip
+    mirror = torch.diag(torch.tensor([-1.0, 1, 1]))
+    about = torch.diag(torch.tensor([-1.0, 1, -1]))
+    for n, sitting in enumerate(fit.sittings):
+        kept = replace(sitting), fit.score_of(n)
+        sitting.rotations = mirror @ sitting.rotations[partner] @ mirror
+        sitting.place = replace(sitting.place, turn=sitting.place.turn @ about)
+        fit.solve_light()
+        if fit.score_of(n) > kept[1] - FLIP:
+            fit.sittings[n] = kept[0]
+    fit.solve_light()
 
 
 def _agreed(said: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -120,7 +141,7 @@ def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: f
     def late() -> bool:
         return time.monotonic() > until
 
-    def within(low: float, high: float):
+    def within(low: float, high: float) -> Callable[[float], None]:
         def report(fraction: float) -> None:
             step("fit", low + (high - low) * fraction)
             if late():
@@ -239,6 +260,7 @@ def lay_photos(
                 rgb = to_srgb(to_linear(rgb) / shading)
             face = raster.face_id.flatten()[raster.pixels]
             label = surface.labels[surface.faces[face, 0]]
+            weight = weight * ~_astray(to_linear(rgb), surface, label, box is HEAD_BOX)
             for i, part in enumerate(fit.parts):
                 at = (label == i) & (weight > 0.01)
                 if at.any():
@@ -249,6 +271,17 @@ def lay_photos(
             if (picture := canvas.finish(symmetric)) is not None}  # fmt: skip
     step("project", 1.0)
     return maps
+
+
+def _astray(colors: Float[Tensor, "N 3"], surface: Surface, label: Int[Tensor, " N"], head: bool) -> Bool[Tensor, " N"]:
+    """Pixels that clearly have another part's colour: a hand before the shirt that the fit has put elsewhere. Faces are
+    let alone: brows look like hair."""
+    means = torch.stack([surface.albedo[surface.labels == i].median(0).values if bool((surface.labels == i).any())
+                         else torch.full((3,), 9.0) for i in range(int(surface.labels.max()) + 1)])  # fmt: skip
+    off = torch.cdist((colors + 0.02).log(), (means + 0.02).log())
+    own = off.gather(1, label[:, None])[:, 0]
+    other = off.scatter(1, label[:, None], torch.inf).amin(1) if off.shape[1] > 1 else torch.full_like(own, torch.inf)
+    return (own > ASTRAY) & (other < 0.4 * own) & ((label != 0) | (not head))
 
 
 def _window(box: Volume, points: Tensor, clip: Tensor) -> tuple[Tensor, int] | None:
