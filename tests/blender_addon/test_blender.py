@@ -186,7 +186,7 @@ def test_a_person_is_fetched_and_inserted_again_after_undo(faked: SimpleNamespac
 
 
 def test_insert_undo_redo_a_hundred_times_leaves_no_datablock_and_no_memory(faked: SimpleNamespace) -> None:
-    """A person whom a leak would show: half a megabyte of mesh and texture, kept a hundred times, is more than the
+    """A person whom a leak would show: a third of a megabyte of mesh, kept a hundred times, is more than the
     allocator's noise."""
     bench = importlib.import_module(f"{PACKAGE}.bench")
     job = submit(faked)[0]
@@ -194,7 +194,7 @@ def test_insert_undo_redo_a_hundred_times_leaves_no_datablock_and_no_memory(fake
     faked.bpy.ops.ed.undo()
     human = faked.packet.read(making.packet(rings=40, texture=256))
     size = sum(a.nbytes for part in human.parts for a in vars(part).values() if hasattr(a, "nbytes"))
-    assert size > 400_000
+    assert size > 300_000
     found = bench._cycles(faked.tasks.session(), job, human, 100)
     assert found["leaked"] == {}
     assert [found[name]["count"] for name in ("insert", "undo", "redo")] == [100] * 3
@@ -215,9 +215,9 @@ def test_a_leak_would_be_seen(faked: SimpleNamespace, monkeypatch: pytest.Monkey
 
     human, insert = faked.packet.read(making.packet()), faked.tasks._insert
     monkeypatch.setattr(faked.tasks, "_insert", lambda *args: (insert(*args), careless()))
-    found = bench._cycles(faked.tasks.session(), job, human, 100)
+    found = bench._cycles(faked.tasks.session(), job, human, 50)
     if found["grown_mib"] is not None:
-        assert found["grown_mib"] == pytest.approx(80 * 400_000 / 2**20, rel=0.3)
+        assert found["grown_mib"] == pytest.approx(40 * 400_000 / 2**20, rel=0.3)
     monkeypatch.setattr(bench, "_counts", lambda: {"meshes": len(kept)})
     assert bench._cycles(faked.tasks.session(), job, human, 2)["leaked"] == {"meshes": 2}
 
@@ -294,6 +294,7 @@ def test_results_wait_for_a_render_a_mode_and_a_modal_operator(
     assert tasks._reason_to_wait() == "Leave Edit Mode to insert"
     bpy.ops.object.mode_set(mode="OBJECT")
     assert tasks._reason_to_wait() == ""
+    monkeypatch.setattr(tasks, "bpy", bpy)
 
 
 def test_while_a_render_runs_people_wait_and_come_after_it(
