@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def made(model: E3dgeModel, **changes: Any) -> packet.HumanAsset:
     return pipeline.generate(parse_request({**SMALL, **changes}), model)[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- import
+# --------------------------------------------------------------------------------------------------------------- import
 
 
 def test_converter_keeps_every_tensor(tmp_path: Path) -> None:
@@ -138,8 +139,6 @@ def test_converter_keeps_every_tensor(tmp_path: Path) -> None:
 
 def replace_samples(config: Config) -> Config:
     """How many samples a ray takes no file says."""
-    from dataclasses import replace
-
     return replace(config, samples=Config().samples)
 
 
@@ -188,7 +187,7 @@ def test_without_the_encoder_there_are_seeds_but_no_photos(
     assert caught.value.code == "weights_missing"
 
 
-# ------------------------------------------------------------------------------------------------------------ the road
+# ------------------------------------------------------------------------------------------------------------- the road
 
 
 def test_a_head_on_the_main_road(model: E3dgeModel) -> None:
@@ -260,7 +259,7 @@ def test_codes_of_other_weights_are_refused(model: E3dgeModel) -> None:
         model.decode(Latents("e3dge", person.codes, {MAP: bad}))[0].color(torch.zeros(1, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------- photos
+# --------------------------------------------------------------------------------------------------------------- photos
 
 
 def test_a_photo_becomes_codes_pose_and_a_map(model: E3dgeModel) -> None:
@@ -320,7 +319,7 @@ def test_an_inverted_person_goes_down_the_road_again(model: E3dgeModel) -> None:
     assert asset.meta["stats"]["closed"]
 
 
-# ----------------------------------------------------------------------------------------------------------------- faces
+# ---------------------------------------------------------------------------------------------------------------- faces
 
 
 def drawn(height: int, shapes: list[tuple[float, float, float, float]]) -> PersonPhoto:
@@ -362,7 +361,7 @@ def test_cutting_beyond_the_border_repeats_it_without_matte() -> None:
     assert cut[5, 3, 0] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ directions
+# ----------------------------------------------------------------------------------------------------------- directions
 
 
 def test_a_direction_is_the_normal_between_two_heaps() -> None:

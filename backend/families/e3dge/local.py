@@ -139,7 +139,8 @@ class Aligner(nn.Module):
         self.dconv_layer3 = _units([2 * a, a, 3, 3], 1)
 
     def forward(self, residual: Float[Tensor, "B 3 H W"], wanted: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        first = self.conv_layer1(torch.cat([residual, wanted], 1))
+        # of channels-last memory torch's backward pass through these layers writes beyond its arrays (2.13, CPU)
+        first = self.conv_layer1(torch.cat([residual, wanted], 1).contiguous())
         second = self.conv_layer2(first)
         third = self.conv_layer3(second)
         x = self.conv_layer4(third)
