@@ -89,7 +89,9 @@ def load(name: str, device: str, settings: Settings) -> FamilyModel:
 
     device = resolve_device(device)
     checked = weights.locate(family.weights, settings.data_dir) if family.weights else None
+    chosen = weights.replacements(settings.data_dir)
     for more in (*family.companions, *family.readers):
-        if checked is not None and weights.find(more, settings.data_dir).is_here(settings.data_dir):
+        used = weights.find(chosen.get(more, more), settings.data_dir)
+        if checked is not None and used.is_here(settings.data_dir):
             checked = checked.with_more(weights.locate(more, settings.data_dir), more in family.companions)
     return importlib.import_module(f"{__name__}.{name}.model").load(torch.device(device), checked)

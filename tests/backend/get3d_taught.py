@@ -21,24 +21,26 @@ def wanted(z_geo: Tensor, z_tex: Tensor, points: Tensor) -> tuple[Tensor, Tensor
     return torch.maximum(body, foot), torch.where(points[..., 1:2] > 0, color[:, :1], color[:, 1:])
 
 
+STEEP = 8.0  # its raw values per unit of length
+
+
 @functools.cache
-def taught(steps: int = 120, **changes) -> Generator:
+def taught(steps: int = 150, **changes) -> Generator:
     """Some seconds of training on values and colours at points; the mean codes are those of its mappings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {"z_dim": 8, "resolution": 16, "tet_res": 24, "mapping_layers": 2}
+        sizes = {"z_dim": 8, "resolution": 8, "tet_res": 24, "mapping_layers": 2}
         net = Generator(Config.tiny(**{**sizes, **changes}))
-        # Mappings learn a hundredth as fast as the rest; random ones of two layers tell codes apart as they are.
-        optimizer = torch.optim.Adam(net.synthesis.parameters(), 0.01)
+        optimizer = torch.optim.Adam(net.synthesis.parameters(), 0.01, (0.9, 0.99))
         for i in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.01 * (1 - i / steps)
-            z_geo, z_tex = torch.randn(4, net.config.z_dim), torch.randn(4, net.config.z_dim)
-            points = (torch.rand(4, 400, 3) - 0.5) * net.config.scale
+            optimizer.param_groups[0]["lr"] = 0.01 * min(1.0, 2 * (1 - i / steps))
+            z_geo, z_tex = torch.randn(8, net.config.z_dim), torch.randn(8, net.config.z_dim)
+            points = (torch.rand(8, 200, 3) - 0.5) * net.config.scale
             value, color = wanted(z_geo, z_tex, points)
             decoded = net(z_geo, z_tex)
             near = (-20 * value.abs()).exp()[..., None]
-            loss = 5 * (decoded.sdf(points) - value).abs().mean()
-            loss = loss + ((decoded.color(points) - color) * near).abs().mean()
+            loss = (decoded.sdf(points) - STEEP * value).abs().mean()
+            loss = loss + ((decoded.color(points) - color).abs() * near).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend import weight_files, weights
+from backend import families, weight_files, weights
 from backend.__main__ import main
-from backend.families.get3d import adapt
-from backend.families.get3d.model import load, metadata_of
+from backend.families.base import PersonPhoto
+from backend.families.get3d import adapt, inversion
+from backend.families.get3d.model import Get3dModel, load, metadata_of
 from backend.networks import clip as clips
 from backend.networks.clip import Clip, Config, Tokenizer
 from backend.protocol import PopulaceError
+from backend.settings import Settings
 from backend.tensors import dump_tensors
 from tests.backend.get3d_taught import taught
 
@@ -206,6 +208,22 @@ def test_the_command_makes_weights_of_ones_own(home: Path, capsys: pytest.Captur
     assert model.config == taught().config
     assert not torch.equal(model.generator.synthesis.to_rgb.weight, taught().synthesis.to_rgb.weight)
     assert torch.equal(model.generator.mapping.fc0.weight, taught().mapping.fc0.weight)
+
+
+def test_photos_are_compared_by_clip_where_it_is_here(home: Path) -> None:
+    model = families.load("get3d", "cpu", Settings(data_dir=home))
+    assert isinstance(model, Get3dModel)
+    assert model.weights_sha256 == weights.locate("get3d", home).sha256  # what codes mean does not depend on CLIP
+    assert model.perceptual is not None
+    grey, noise = torch.zeros(1, 3, 32, 32), torch.rand(1, 3, 32, 32) * 2 - 1
+    assert float(model.perceptual(grey, noise)) > float(model.perceptual(grey, grey)) == pytest.approx(0, abs=1e-5)
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[5:15, 5:15] = (200, 100, 0, 255)
+    options = {"steps": 0, "size": 32, "cells": 10}
+    photos = [PersonPhoto(pixels, (5, 5, 15, 15))]
+    without = inversion.fit(model.generator, photos, **options)
+    assert inversion.fit(model.generator, photos, **options, perceptual=model.perceptual).losses[0] > without.losses[0]
+    assert load(CPU, weights.locate("get3d", home)).perceptual is None
 
 
 def test_clip_that_is_not_here_or_none_is_a_sentence(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_no_steps_give_the_mean_shape_and_time_ends_a_fit() -> None:
     found = model.encode([photo], Inversion(steps=0))
     assert torch.equal(found.latents.codes["body/shape"][0], taught().mapping_geo.w_avg)
     hasty = inversion.fit(taught(), [photo], 1000, seconds=0.01, size=24, cells=12)
-    assert len(hasty.losses) == 2
+    assert len(hasty.losses) <= 3
 
 
 def test_several_photos_are_of_one_object() -> None:

@@ -19,6 +19,7 @@ INFO = FamilyInfo(
     "fetch and import. Another texture code leaves the shape alone; another shape code also changes colours a little.",
     inputs=("seed", "image"),
     weights="get3d",
+    readers=("clip",),
     licence="weights CC-BY-NC-SA-4.0: not for commercial use",
     parameters={
         "style_seed": {"type": "integer", "minimum": 0, "maximum": 2**53 - 1, "title": "Style seed",

@@ -29,7 +29,7 @@ def stand_in(device: torch.device) -> Get3dModel:
 
 @torch.no_grad()
 def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
-    """A row per step: seconds (median of warm runs; plain ways once) and resident memory afterwards; then ratios. On CUDA
+    """A row per step: seconds (median of warm runs; plain ways once), resident memory afterwards; then ratios. On CUDA
     also the synthesis in bfloat16 as a graph, and how far it is from float32."""
     codes = model.sample(0, 0.7, {}).codes
     field = model.decode(model.sample(0, 0.7, {}))[0]

@@ -8,6 +8,7 @@ The generator's cube [-s/2, s/2]^3 becomes metres by one factor, such that the s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,8 +40,12 @@ class Get3dModel:
 
     name = "get3d"
 
-    def __init__(self, generator: Generator, device: torch.device, sha256: str | None = None) -> None:
+    def __init__(
+        self, generator: Generator, device: torch.device, sha256: str | None = None, clip: Weights | None = None
+    ) -> None:
+        """`clip`: what compares pictures when photos are fitted; it is read when the first one comes."""
         self.device = device
+        self._clip = clip
         self.weights_sha256 = sha256
         self.generator = generator.to(device).eval().requires_grad_(False)
         self.config = generator.config
@@ -72,13 +77,25 @@ class Get3dModel:
         """Rows of w for the object in these photos, by descent (see `inversion`). There is no encoder: with 0 steps it
         is the mean shape. The camera is in metres about the object's middle, as the field is."""
         options = options or Inversion()
-        found = inversion.fit(self.generator, photos, options.steps, options.seconds, step=step)
+        found = inversion.fit(
+            self.generator, photos, options.steps, options.seconds, perceptual=self.perceptual, step=step
+        )
         codes = {"body/shape": found.ws_geo, "body/tex": found.ws_tex,
                  "body/size": torch.full((1, 1), HEIGHT_M, device=self.device)}  # fmt: skip
         latents = Latents(self.name, codes)
         target = inversion.place(photos[0], 8, self.device)
         camera = found.cameras.of_photo(0, target, self.decode(latents)[0].metres)
         return Encoded(latents, {}, camera, dict(found.scores))
+
+    @functools.cached_property
+    def perceptual(self) -> inversion.Perceptual | None:
+        """How differently two pictures in -1..1 look, if CLIP is here."""
+        if self._clip is None:
+            return None
+        from backend.networks.clip import load as load_clip
+
+        net, _ = load_clip(self._clip, self.device)
+        return lambda a, b: net.distance((a + 1) / 2, (b + 1) / 2)
 
     @torch.no_grad()
     def decode(
@@ -240,6 +257,9 @@ def _reach(raw: Float[np.ndarray, "X Y Z"]) -> float:
 def load(device: torch.device, weights: Weights | None) -> Get3dModel:
     """The model of verified weights. Raises `weights_corrupt` if they are not those of a GET3D generator."""
     assert weights is not None, "the registry hands over weights to families that name some"
+    read = tuple(path for path in weights.paths if path.with_name("tokenizer.json") in weights.paths)
+    clip = dataclasses.replace(weights, name="clip", paths=read) if read else None
+    weights = dataclasses.replace(weights, paths=tuple(path for path in weights.paths if path not in read))
     arrays, metadata = weights.read()
     try:
         config = Config(**json.loads(metadata["get3d"]))
@@ -253,7 +273,7 @@ def load(device: torch.device, weights: Weights | None) -> Get3dModel:
     check_tensors(weights.name, arrays, {k: tuple(v.shape) for k, v in generator.state_dict().items()})
     values = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     generator.load_state_dict(values, assign=True)
-    return Get3dModel(generator, device, weights.sha256)
+    return Get3dModel(generator, device, weights.sha256, clip)
 
 
 def metadata_of(config: Config) -> dict[str, str]:
