@@ -6,7 +6,7 @@ ask for. Everything is in `backend.families.sifu`, whose networks have both; thi
 from __future__ import annotations
 
 from backend.families.base import FamilyInfo
-from backend.families.sifu import CODES
+from backend.families.sifu import CODES, PARAMETERS
 
 INFO = FamilyInfo(
     name="gta",
@@ -17,5 +17,7 @@ INFO = FamilyInfo(
     weights="gta",
     licence="non-commercial research only",
     companions=("gta_normals",),
+    parameters=PARAMETERS,
+    of_decoding=tuple(PARAMETERS),
     codes=CODES,
 )

@@ -12,6 +12,14 @@ from __future__ import annotations
 from backend.families.base import Code, FamilyInfo
 
 CODES = {"body/shape": Code(0), "body/tex": Code(3)}
+PARAMETERS = {
+    "surface": {"type": "string", "enum": ["full", "official"], "title": "Surface",
+                "description": "full: the finest lattice is asked; official: it is interpolated, as published"},
+    "legacy_visibility": {"type": "boolean", "title": "Visibility as released",
+                          "description": "of faces that overlap the farthest counts as seen, as in the released demo"},
+    "legacy_side_normals": {"type": "boolean", "title": "Side normals as released",
+                            "description": "colours of the body's sides as the released demo feeds them"},
+}  # fmt: skip
 
 INFO = FamilyInfo(
     name="sifu",
@@ -22,5 +30,7 @@ INFO = FamilyInfo(
     weights="sifu",
     licence="that of the weights: see populace weights list",
     companions=("sifu_normals",),
+    parameters=PARAMETERS,
+    of_decoding=tuple(PARAMETERS),
     codes=CODES,
 )

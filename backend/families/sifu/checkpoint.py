@@ -26,7 +26,7 @@ from backend.families.sifu.transformer import position_table
 NORMALS = re.compile(r"(normal_filter\.)?net[FB]\.")
 LEFTOVERS = re.compile(r"(reconEngine|voxelization|normal_filter\.criterion|normal_filter\.vgg|criterion|loss)",
                        re.IGNORECASE)  # fmt: skip
-TABLE = 1e-5  # that a stored position table may differ from the computed one
+TABLE = 1e-4  # that a stored position table may differ from the computed one
 
 
 def convert(content: Any, file: str, own: bool = False, kind: Kind = "sifu") -> Converted:

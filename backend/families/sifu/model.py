@@ -54,8 +54,6 @@ class SifuModel:
         self.name: Kind = stages.config.kind
         self.stages, self.device, self.weights_sha256 = stages, device, sha256
         self._make_body, self._body, self._regressor = body, None, regressor
-        self.scheme: Scheme = "full"
-        self.legacy_visibility = self.legacy_side_normals = False
         self._known: OrderedDict[bytes, Answers] = OrderedDict()
 
     @property
@@ -123,9 +121,9 @@ class SifuModel:
         scaled = _resized(rgba.numpy(), self.stages.config.image).float().movedim(2, 0) / 255
         return ((scaled[:3] * 2 - 1) * (scaled[3:] > 0.5))[None].to(self.device)
 
-    def _views(self, placed: Placed) -> dict[str, Float[Tensor, "1 3 S S"]]:
-        views = normal_views(placed.vertices(self.body), self.body.faces, self.stages.config.image,
-                             legacy_side_normals=self.legacy_side_normals)  # fmt: skip
+    def _views(self, placed: Placed, legacy: bool) -> dict[str, Float[Tensor, "1 3 S S"]]:
+        size = self.stages.config.image
+        views = normal_views(placed.vertices(self.body), self.body.faces, size, legacy_side_normals=legacy)
         return {side: view[None, :3].to(self.device) for side, view in views.items()}
 
     def _predictor(self, image: Float[Tensor, "1 3 S S"]):
@@ -156,8 +154,16 @@ class SifuModel:
     # ---------------------------------------------------------------------------------------------------- a field
 
     @torch.no_grad()
-    def decode(self, latents: Latents, separate: bool = False, step: Step = no_step) -> Sequence[SifuField]:
-        """One field, "human". Runs the networks unless this person was among the last few. Raises `invalid_latents`."""
+    def decode(
+        self,
+        latents: Latents,
+        separate: bool = False,
+        surface: Scheme = "full",
+        legacy_visibility: bool = False,
+        legacy_side_normals: bool = False,
+    ) -> Sequence[SifuField]:
+        """One field, "human". Runs the networks unless this person was among the last few. Raises `invalid_latents`,
+        and `invalid_request` where there is no photo."""
         if set(latents.codes) != {"body/shape", "body/tex"}:
             raise PopulaceError("invalid_latents", f"A person of {self.name.upper()} has the codes body/shape and "
                                 "body/tex.", "Send both, and the map body/photo.")  # fmt: skip
@@ -172,21 +178,21 @@ class SifuModel:
         if len(row) != 1 or gain.shape != (1, 3) or photo.ndim != 3 or photo.shape[2] != 4:
             raise PopulaceError("invalid_latents", "Latents have one row of codes, three gains and an RGBA photo.")
         placed = self.placed(row[0])
-        switches = bytes([self.legacy_visibility, self.legacy_side_normals])
+        switches = bytes([legacy_visibility, legacy_side_normals])
         key = row.numpy().tobytes() + photo.numpy().tobytes() + switches
         if key not in self._known:
             while len(self._known) >= REMEMBERED:
                 self._known.popitem(last=False)
-            self._known[key] = self._answers(placed, photo, step)
+            self._known[key] = self._answers(placed, photo, legacy_visibility, legacy_side_normals)
         self._known.move_to_end(key)
         pixels = photo.float().movedim(2, 0) / 255
-        return [SifuField(self._known[key], self.body, placed, pixels, gain[0], self.scheme)]
+        return [SifuField(self._known[key], self.body, placed, pixels, gain[0], surface)]
 
-    def _answers(self, placed: Placed, photo: UInt8[Tensor, "H W 4"], step: Step) -> Answers:
-        image, body = self._image(photo), self._views(placed)
-        front, back = self.stages.normals(image, body, step)
-        planes = self.stages.planes(image, front, back, body, step)
-        speaker = BodySpeaker(placed.mesh(self.body), self.legacy_visibility)
+    def _answers(self, placed: Placed, photo: UInt8[Tensor, "H W 4"], visibility: bool, sides: bool) -> Answers:
+        image, body = self._image(photo), self._views(placed, sides)
+        front, back = self.stages.normals(image, body)
+        planes = self.stages.planes(image, front, back, body)
+        speaker = BodySpeaker(placed.mesh(self.body), visibility)
         return Answers(Query(planes, speaker, self.name), self.stages.decoders, self.device)
 
     def describe(self, latents: Latents) -> dict[str, AttributeValue]:

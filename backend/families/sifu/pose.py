@@ -20,6 +20,7 @@ from backend.protocol import PopulaceError
 from backend.render.rasterize import rasterize
 
 TURNS = (0, 20, -20, 45, -45, 80, -80, 180, 150, -150)  # degrees about the vertical, the likeliest first
+TURNS_ABOUT = (0, 15, -15, 30, -30)  # the same, about a facing that is known
 UNLIKELY = 0.0004  # of overlap that a degree of turn has to earn: front and back have one outline
 SMALL = 64  # pixels per side of outlines
 
@@ -33,11 +34,8 @@ def first_guess(
     step: Step = no_step,
 ) -> Placed:
     """`regressor`: a family model with `encode`, whose bones this body has; `place` is the crop's corner and side."""
-    if regressor is not None and body.name == "people":
-        seen = _regressed(body, photo, place, regressor)
-        if seen is not None:
-            return seen
-    return by_outline(body, mask, step)
+    seen = _regressed(body, photo, place, regressor) if regressor is not None and body.name == "people" else None
+    return by_outline(body, mask, step, seen)
 
 
 class _AtFirstGlance:
@@ -81,36 +79,51 @@ def _regressed(
 
 
 @torch.no_grad()
-def by_outline(body: SkinnedBody, mask: Float[Tensor, "S S"], step: Step = no_step) -> Placed:
-    """The best of the library's poses, turned about the vertical. Poses are of the default model's bones, which SMPL-X
-    bones are renamed to; of two that are alike the one that looks at the viewer wins."""
+def by_outline(
+    body: SkinnedBody, mask: Float[Tensor, "S S"], step: Step = no_step, seen: Placed | None = None
+) -> Placed:
+    """The best of the library's poses, turned about the vertical, framed as the mask is. What a regressor has `seen`
+    is one more pose, and its facing the likeliest: outlines tell limbs well, but not front from back."""
     target = torch.nn.functional.interpolate(mask[None, None], (SMALL, SMALL), mode="area")[0, 0] > 0.5
     rows, columns = target.any(1).nonzero()[:, 0], target.any(0).nonzero()[:, 0]
     top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
     centre = torch.tensor([(left + right + 1) / SMALL - 1, 1 - (top + bottom + 1) / SMALL, 0.0])
     extent = max(bottom - top + 1, right - left + 1) * 2 / SMALL
-    shape = body.template.new_zeros(body.dimensions)
+    shape = body.template.new_zeros(body.dimensions) if seen is None else seen.shape
     rig = renamed(body.rig(shape))
-    best, found = -1.0, None
     names = [name for name in poses.pose_names() if not name.startswith("lying")]
+    facing = 0.0 if seen is None else _facing(seen)
+    best, found = -1.0, None
+
+    def weigh(rotations: Float[Tensor, "J 3 3"], malus: float) -> None:
+        nonlocal best, found
+        posed = body.posed(shape, rotations)
+        low, high = posed.amin(0), posed.amax(0)
+        scale = extent / (high - low)[:2].max()
+        shift = centre - scale * (low + high) / 2
+        view = rasterize(clip_of(scale * posed + shift, "F", SMALL)[None], body.faces, (SMALL, SMALL)).mask[0]
+        overlap = float((view & target).sum() / (view | target).sum()) - malus
+        if overlap > best:
+            best, found = overlap, Placed(shape, rotations, scale, shift)
+
+    if seen is not None:
+        weigh(seen.rotations, 0.0)
     for i, name in enumerate(names):
         step("encode", i / len(names))
         turns = poses.to_matrices(poses.pose(name, rig)[0])
-        for degrees in TURNS:
-            half = math.radians(degrees) / 2
+        for degrees in TURNS if seen is None else TURNS_ABOUT:
+            half = math.radians(degrees + facing) / 2
             yaw = poses.to_matrices(np.array([[math.cos(half), 0, math.sin(half), 0]]))[0]
-            rotations = torch.from_numpy(np.concatenate([(yaw @ turns[0])[None], turns[1:]])).float()
-            posed = body.posed(shape, rotations)
-            low, high = posed.amin(0), posed.amax(0)
-            scale = extent / (high - low)[:2].max()
-            shift = centre - scale * (low + high) / 2
-            clip = clip_of(scale * posed + shift, "F", SMALL)[None]
-            view = rasterize(clip, body.faces, (SMALL, SMALL)).mask[0]
-            overlap = float((view & target).sum() / (view | target).sum()) - UNLIKELY * abs(degrees)
-            if overlap > best:
-                best, found = overlap, Placed(shape, rotations, scale, shift)
+            weigh(torch.from_numpy(np.concatenate([(yaw @ turns[0])[None], turns[1:]])).float(),
+                  UNLIKELY * abs(degrees))  # fmt: skip
     assert found is not None
     return found
+
+
+def _facing(placed: Placed) -> float:
+    """Degrees about the vertical that the body looks away from the viewer."""
+    ahead = placed.rotations[0] @ torch.tensor([0.0, 0.0, 1.0])
+    return math.degrees(math.atan2(float(ahead[0]), float(ahead[2])))
 
 
 SMPLX_TO_POSES = {

@@ -115,6 +115,7 @@ class Stages:
             step("normals", i / 2)
             net = self._stage(f"normal_filter.net{side}", lambda: NormalGenerator(self.config))
             found.append(self._run(net, image, body[side]))
+            del net  # before the next one is loaded
         return found[0], found[1]
 
     @torch.no_grad()
@@ -127,6 +128,7 @@ class Stages:
         step("planes", 0.0)
         net = self._stage("image_filter", lambda: ImageFilter(config))
         planes = self._run(net, image, front, back, body.get("R"), body.get("L"))
+        del net
         if config.kind == "gta":
             step("planes", 0.4)
             refine = self._stage("refine_filter", lambda: RefineFilter(config))
