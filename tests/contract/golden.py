@@ -64,7 +64,8 @@ def asset() -> HumanAsset:
 
 def posed_asset() -> HumanAsset:
     """The head nods by 90 degrees (about +x) and looks to the left (then about +y), everything stands 0.25 m higher;
-    shape keys move the joints; a second level of detail has one part with nothing but a colour map."""
+    shape keys move the joints; a second level of detail has one part with nothing but a colour map. A photo showed the
+    body."""
     made = asset()
     assert made.rig is not None
     rig = replace(made.rig, rotations=np.float32([(1, 0, 0, 0), (0.5, 0.5, 0.5, -0.5)]),
@@ -73,7 +74,7 @@ def posed_asset() -> HumanAsset:
     facts = {"faces": 4, "vertices": 4, "closed": True, "components": 1, "lod": 1}
     meta = {**made.meta, "parts": [*made.meta["parts"], {"name": "human_LOD1", **facts}]}
     coarse = replace(tetrahedron((0, 0, 0), True), normal_png=None, orm_png=None)
-    return replace(made, parts=(*made.parts, coarse), rig=rig, meta=meta)
+    return replace(made, parts=(*made.parts, coarse), rig=rig, meta=meta, maps={"body/photo": png(3, 3, (7, 8, 9))})
 
 
 if __name__ == "__main__":

@@ -114,6 +114,10 @@ LIES = {
     "negative level of detail": with_lods(0, -1),
     "level of detail is text": with_lods(0, "1"),
     "level of detail is true": with_lods(0, True),
+    "map is text": rebuilt(POSED, maps__body__photo_png=np.frombuffer(b"hello" * 20, np.uint8)),
+    "map of another part": rebuilt(POSED, maps__hat__photo_png=np.frombuffer(golden.png(4, 2, (1, 2, 3)), np.uint8)),
+    "map of another kind": rebuilt(POSED, maps__body__depth_png=np.frombuffer(golden.png(4, 2, (1, 2, 3)), np.uint8)),
+    "map without end": rebuilt(POSED, maps__body__photo=np.frombuffer(golden.png(4, 2, (1, 2, 3)), np.uint8)),
     "latents NaN": rebuilt(latents__body__shape=np.full((1, 2), np.nan, np.float32)),
     "PNG is text": rebuilt(part__0__base_color_png=np.frombuffer(b"hello" * 20, np.uint8)),
     "PNG bomb": rebuilt(

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 
 from backend import packet
+from blender_addon import messages
 from blender_addon import packet as addon_packet
 from tests.contract import golden, packet_lies
 
@@ -38,6 +39,7 @@ def test_backend_reads_back_every_array_and_fact(path: Path, made: packet.HumanA
     for ours, theirs in zip(read.parts, made.parts, strict=True):
         assert_same_fields(ours, theirs, packet.Part.__dataclass_fields__)
     assert_same_fields(read.rig, made.rig, packet.RigArrays.__dataclass_fields__)
+    assert read.maps == made.maps
     assert packet.dumps(read) == path.read_bytes()
 
 
@@ -62,6 +64,8 @@ def test_addon_reads_back_every_array_and_fact(path: Path, made: packet.HumanAss
         assert theirs is None or np.array_equal(list(found.values()), theirs)
     assert read.latents.keys() == made.latents.keys()
     assert all(np.array_equal(read.latents[name], codes) for name, codes in made.latents.items())
+    assert read.maps == made.maps
+    assert read.recipe.get("latent_maps", {}) == {name: messages.inline(png) for name, png in made.maps.items()}
     assert read.asset == made.meta
 
 
