@@ -29,6 +29,10 @@ class POPULACE_OT_generate(Action, bpy.types.Operator):
         **request_properties(),
         "values": StringProperty(name="Attributes", description='JSON of what to set, such as {"height_m": 1.8}',
                                  options={"SKIP_SAVE", "HIDDEN"}),
+        "latent_maps": StringProperty(name="Photo Maps", description="JSON of what photos showed of parts, beside "
+                                      "their codes", options={"SKIP_SAVE", "HIDDEN"}),
+        "joint_rotations": StringProperty(name="Joint Rotations", description="JSON of w, x, y, z by bone, over the "
+                                          "pose", options={"SKIP_SAVE", "HIDDEN"}),
         "latents": StringProperty(name="Latents", description="JSON of codes that replace those of the seed",
                                   options={"SKIP_SAVE", "HIDDEN"}),
         "parameters": StringProperty(name="Parameters", description="JSON of what the family takes besides",
@@ -52,7 +56,8 @@ class POPULACE_OT_generate(Action, bpy.types.Operator):
     def work(self, context: bpy.types.Context) -> Work:
         base = Request(family=self.family, truncation_psi=self.truncation_psi, prompt=self.prompt.strip() or None,
                        latents=self._json("latents"), parameters=self._json("parameters") or {},
-                       **output_of(self))  # fmt: skip
+                       latent_maps=self._json("latent_maps") or {},
+                       joint_rotations=self._json("joint_rotations"), **output_of(self))  # fmt: skip
         if values := self._json("values"):
             base = replace(base, edits=[{"op": "set", "values": values}])
         name = f"Humans {self.seed}" if self.count == 1 else f"Humans {self.seed}-{self.seed + self.count - 1}"

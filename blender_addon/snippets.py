@@ -44,6 +44,9 @@ def person(request: Request, with_rig: bool) -> str:
              "pose": request.pose, "faces": request.faces, "lods": request.lods, "maps": request.maps,
              "texture_size": str(request.texture_size), "separate": request.separate, "with_rig": with_rig,
              "grid_resolution": request.grid_resolution, "shape_keys": ", ".join(request.shape_keys)}  # fmt: skip
+    for name in ("latent_maps", "joint_rotations"):
+        if told := getattr(request, name):
+            asked[name] = json.dumps(told)
     return call("populace.generate", asked)
 
 

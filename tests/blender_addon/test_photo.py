@@ -279,6 +279,14 @@ def test_a_drop_is_for_photos_on_a_view(photo: SimpleNamespace) -> None:
     assert not handler.poll_drop(SimpleNamespace(area=view.area, mode="EDIT_MESH"))
 
 
+def test_python_that_makes_the_person_again_has_all_of_it(photo: SimpleNamespace, asked: list[Any]) -> None:
+    root = insert(photo, packet(100, joint_rotations=FACTS["rotations"], pose="rest"))
+    request = photo.editing.request(root)
+    eval(photo.snippets.person(request, True), {"bpy": photo.bpy})
+    assert (asked[0].latents, asked[0].latent_maps) == (request.latents, request.latent_maps)
+    assert asked[0].joint_rotations == FACTS["rotations"]
+
+
 def test_a_favourite_takes_the_maps_along(photo: SimpleNamespace, asked: list[Any]) -> None:
     root = insert(photo, packet(100))
     kept = photo.history.keep(root, "me")
