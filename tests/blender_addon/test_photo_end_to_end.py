@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A photo becomes a person in Blender, from end to end over the real socket with the real backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.backend.test_photos import file, person_of, picture
+from tests.blender_addon.test_blender import people, pump_until
+from tests.blender_addon.test_editing import (
+    CAPSULE,
+    PATIENCE_S,
+    at_work,  # noqa: F401  a fixture
+    backend_home,  # noqa: F401  a fixture
+)
+
+OUTPUT = {name: value for name, value in CAPSULE.items() if name not in ("seed", "count")}
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "me ö 中.png"
+    path.write_bytes(file(picture(person_of(5), lean=12.0)))
+    return path
+
+
+def seen_of(addon: SimpleNamespace) -> set[str]:
+    return {job.status.stage for job in addon.tasks.session().jobs.values()}
+
+
+def maps_of(root: Any) -> dict[str, bytes]:
+    rows = {row.sha256: bytes(row.image.packed_file.data) for row in root.populace.maps}
+    named = json.loads(root.populace.recipe).get("latent_maps", {})
+    return {name: rows[sha] for name, sha in named.items()}
+
+
+def test_a_photo_from_end_to_end(at_work: SimpleNamespace, photo: Path, tmp_path: Path) -> None:  # noqa: F811
+    bpy = at_work.bpy
+    assert bpy.ops.populace.from_photo(filepath=str(photo), steps=10, reference=True, **OUTPUT) == {"FINISHED"}
+    stages: set[str] = set()
+
+    def arrived() -> bool:
+        stages.update(seen_of(at_work))
+        return len(people(bpy)) == 1
+
+    pump_until(at_work, arrived, PATIENCE_S)
+    root = people(bpy)[0]
+    facts = json.loads(root.populace.photo)
+    assert root.type == "ARMATURE"
+    assert root.populace.family == "capsule"
+    assert any(abs(bone.rotation_quaternion.w) < 0.9999 for bone in root.pose.bones), "leans as in the photo"
+    assert set(facts["camera"]) >= {"c2w", "fov_y_rad", "width", "height"}
+    assert bpy.context.scene.camera.parent == root
+    kept = maps_of(root)
+    assert kept
+
+    # Saved, opened and changed: what the photo showed stays, byte for byte.
+    path = str(tmp_path / "saved.blend")
+    bpy.ops.wm.save_as_mainfile(filepath=path)
+    bpy.ops.wm.open_mainfile(filepath=path)
+    root = people(bpy)[0]
+    assert maps_of(root) == kept
+    bpy.context.view_layer.objects.active = root
+    turned = [tuple(bone.rotation_quaternion) for bone in root.pose.bones]
+    assert bpy.ops.populace.set_attributes(values='{"height_m": 1.9}') == {"FINISHED"}
+    pump_until(at_work, lambda: people(bpy)[0].populace.height_m > 1.85, PATIENCE_S)
+    root = people(bpy)[0]
+    assert maps_of(root) == kept
+    assert [tuple(bone.rotation_quaternion) for bone in root.pose.bones] == pytest.approx(turned, abs=1e-5)
+
+    # Rest, and back.
+    assert bpy.ops.populace.set_pose(pose="rest") == {"FINISHED"}
+    pump_until(at_work, lambda: all(bone.rotation_quaternion.w > 0.9999 for bone in root.pose.bones), PATIENCE_S)
+    assert bpy.ops.populace.set_pose(pose="photo") == {"FINISHED"}
+    pump_until(at_work, lambda: any(bone.rotation_quaternion.w < 0.9999 for bone in root.pose.bones), PATIENCE_S)
+    assert [tuple(bone.rotation_quaternion) for bone in root.pose.bones] == pytest.approx(turned, abs=1e-5)
+    assert {"photo", "encode", "fit", "project"} & stages, stages
+
+
+def test_what_is_no_photo_shows_as_an_error_row(at_work: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+    bpy, path = at_work.bpy, tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"no picture" * 9)
+    assert bpy.ops.populace.from_photo(filepath=str(path), **OUTPUT) == {"FINISHED"}
+    job = list(at_work.tasks.session().jobs.values())[-1]
+    pump_until(at_work, lambda: job.status.ended, PATIENCE_S)
+    assert job.status.error.code == "image_unreadable", job.status.error
+    grey = tmp_path / "nobody.png"
+    from PIL import Image
+
+    Image.new("RGB", (200, 300), (120, 120, 120)).save(grey)
+    assert bpy.ops.populace.from_photo(filepath=str(grey), **OUTPUT) == {"FINISHED"}
+    job = list(at_work.tasks.session().jobs.values())[-1]
+    pump_until(at_work, lambda: job.status.ended, PATIENCE_S)
+    assert job.status.error.code == "no_person_found", job.status.error
+    assert not people(bpy)
+
+
+def test_a_photo_is_cancelled(at_work: SimpleNamespace, photo: Path) -> None:  # noqa: F811
+    bpy = at_work.bpy
+    assert bpy.ops.populace.from_photo(filepath=str(photo), steps=1000, **OUTPUT) == {"FINISHED"}
+    job = list(at_work.tasks.session().jobs.values())[-1]
+    pump_until(at_work, lambda: job.status.state == "running", PATIENCE_S)
+    assert bpy.ops.populace.cancel_job(job_id=job.id) == {"FINISHED"}
+    pump_until(at_work, lambda: job.status.state == "cancelled", 20)
+    assert not people(bpy)

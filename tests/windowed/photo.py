@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A person from a photo by mouse in a real window, a picture of each state: the button, the file browser, the stages,
+the person in the photo's pose through its camera, rest and back, an edit, the options of a drop, an error.
+
+A driver, see `artist.py`; PHOTO is a picture of a person before a plain background, FAMILY the family that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bpy
+from mathutils import Quaternion, Vector
+
+SHOTS = os.environ.get("SHOTS", "shots")
+PHOTO = Path(os.environ["PHOTO"])
+FAMILY = os.environ.get("FAMILY", "people")
+PATIENCE_S = 420
+
+
+def people() -> list[Any]:
+    return [o for o in bpy.data.objects if o.populace.uuid]
+
+
+def look(gui: Any) -> None:
+    view = gui.area().spaces.active
+    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
+    view.overlay.show_relationship_lines = view.overlay.show_cursor = view.overlay.show_outline_selected = False
+    view.lens = 60
+    view.region_3d.view_location, view.region_3d.view_distance = Vector((0, 0, 0.95)), 4.6
+    view.region_3d.view_rotation = Quaternion((0, 0, 1), 0.35) @ Quaternion((1, 0, 0), 1.5)
+
+
+def seen(gui: Any, word: str, nth: int = 0, region: Any = "UI", tries: int = 10) -> Iterator[Any]:
+    while True:
+        try:
+            return gui.find_word(word, gui.region("UI") if region == "UI" else region, nth)
+        except RuntimeError:
+            tries -= 1
+            if not tries:
+                raise
+            yield 1
+
+
+def press(gui: Any, word: str, nth: int = 0, region: Any = "UI") -> Iterator[Any]:
+    yield from gui.click(*(yield from seen(gui, word, nth, region)))
+
+
+def shot(gui: Any, name: str) -> Iterator[Any]:
+    yield 1.2
+    gui.shot(f"{SHOTS}/{name}.png")
+
+
+def turns(root: Any) -> list[tuple[float, ...]]:
+    return [tuple(round(x, 4) for x in bone.rotation_quaternion) for bone in root.pose.bones]
+
+
+def drive(gui: Any) -> Iterator[Any]:
+    bpy.data.batch_remove(list(bpy.data.objects))
+    look(gui)
+    left, top, _, height = gui.box(gui.region("UI"))
+    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
+    form = bpy.context.scene.populace
+    form.family, form.faces, form.grid_resolution, form.texture_size = FAMILY, 8000, 96, "1024"
+    bpy.ops.populace.start_backend()
+    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+    yield from shot(gui, "40_button")
+
+    # The button, the file browser, its options.
+    yield from press(gui, "Photo")
+    yield 2
+    parameters = gui.area("FILE_BROWSER").spaces.active.params
+    parameters.directory = str(PHOTO.parent).encode()
+    parameters.display_type = "THUMBNAIL"
+    yield 2
+    parameters.filename = PHOTO.name
+    operator = gui.area("FILE_BROWSER").spaces.active.active_operator
+    operator.reference = True
+    yield from shot(gui, "41_file_browser")
+    yield from press(gui, "Human", 0, gui.region("EXECUTE", gui.area("FILE_BROWSER")))
+    tasks = sys.modules[next(name for name in sys.modules if name.endswith("populace.tasks"))]
+    stages: set[str] = set()
+
+    def here() -> bool:
+        stages.update(job.status.stage for job in tasks.listed_jobs())
+        assert not any(job.status.state == "failed" for job in tasks.listed_jobs()), tasks.listed_jobs()[-1].status
+        return bool(people())
+
+    yield from gui.until(lambda: here() or stages & {"encode", "fit", "invert"}, PATIENCE_S)
+    yield from shot(gui, "42_stages")
+    yield from gui.until(here, PATIENCE_S)
+    root = people()[0]
+    print("stages:", sorted(stages))
+    facts = json.loads(root.populace.photo)
+    maps = {row.sha256 for row in root.populace.maps}
+    assert maps
+    assert bpy.context.scene.camera.parent == root
+    yield from shot(gui, "43_person")
+
+    # Through the photo's camera.
+    area = gui.box(gui.region("WINDOW"))
+    gui.move(area[0] + area[2] / 3, area[1] + area[3] / 2)
+    yield 0.3
+    gui.key("KP_0")
+    yield from shot(gui, "44_camera")
+    gui.key("KP_0")
+    yield 0.5
+    look(gui)
+
+    # Rest, and as in the photo.
+    posed = turns(root)
+    yield from press(gui, "Rest")
+    yield from gui.until(lambda: turns(root) != posed, PATIENCE_S)
+    assert all(turn[0] > 0.9999 for turn in turns(root)), turns(root)
+    yield from shot(gui, "45_rest")
+    yield from press(gui, "Pose")
+    yield from gui.until(lambda: turns(root) == posed, PATIENCE_S)
+    yield from shot(gui, "46_posed_again")
+
+    # Taller: what the photo showed stays.
+    count = len(root.populace.versions)
+    bpy.ops.populace.set_attributes(values=json.dumps({"height_m": round(root.populace.height_m + 0.12, 2)}))
+    yield from gui.until(lambda: len(root.populace.versions) > count, PATIENCE_S)
+    assert {row.sha256 for row in root.populace.maps} == maps
+    yield from shot(gui, "47_taller")
+    bpy.ops.wm.save_as_mainfile(filepath=f"{SHOTS}/photo.blend")
+    assert facts["camera"]
+
+    # As Blender does it with a dropped file: the dialog of the options.
+    bpy.ops.object.select_all(action="DESELECT")
+    bpy.context.view_layer.objects.active = None
+    gui.move(area[0] + area[2] / 2, area[1] + area[3] / 2)
+    yield 0.5
+    broken = Path(SHOTS).resolve() / "broken.png"
+    broken.write_bytes(PHOTO.read_bytes()[:60] + b"no picture" * 20)
+    with gui.override():
+        bpy.ops.wm.drop_import_file("INVOKE_DEFAULT", directory=str(broken.parent), files=[{"name": broken.name}])
+    yield from shot(gui, "48_drop")
+    gui.key("Return")
+    yield from gui.until(lambda: any(job.status.state == "failed" for job in tasks.listed_jobs()), PATIENCE_S)
+    yield from shot(gui, "49_error")
