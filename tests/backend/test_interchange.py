@@ -9,6 +9,8 @@ import json
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,31 @@ def test_the_same_bytes_in_every_folder(
 ) -> None:
     (again,) = interchange.write(person, tmp_path, "guard", form, preset)
     assert again.read_bytes() == files[form, preset].read_bytes()
+
+
+def test_blender_ends_with_whoever_asked(person: HumanAsset, tmp_path: Path) -> None:
+    """Its stdin is a leash: nobody is left when the process that wanted the file was killed."""
+    parcel, path = tmp_path / "person.safetensors", tmp_path / "person.blend"
+    packet.write(parcel, person)
+    order = {"packet": str(parcel), "path": str(path), "name": "person", "form": "blend", "up": "Y",
+             "trouble": str(tmp_path / "error.json")}  # fmt: skip
+    command = [sys.executable, "-m", "backend.interchange_blender", json.dumps(order)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(120) == 1
+    assert not path.exists()
+
+
+@needs_bpy
+def test_a_server_that_ends_ends_the_blenders_that_write_for_it(person: HumanAsset, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(interchange.packed, person, "blend")
+        began = time.monotonic()
+        while not interchange._writing:
+            assert time.monotonic() - began < 60
+            time.sleep(0.01)
+        interchange.end_all()
+        with pytest.raises(PopulaceError, match="Blender could not write"):
+            written.result(60)
+    assert not interchange._writing
