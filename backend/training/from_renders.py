@@ -35,9 +35,10 @@ def get3d(args: argparse.Namespace, device: torch.device, world: loop.World) -> 
     if args.surface == "flexicubes":
         config = dataclasses.replace(settings.config, surface="flexicubes", deformation_multiplier=2.0)
         settings = dataclasses.replace(settings, config=config)
+    settings = dataclasses.replace(settings, config=dataclasses.replace(settings.config, material=args.materials))
     stage = Get3dStage(pictures, settings, args.seed, device, world.rank)
     facts = {"stage": "get3d", "size": args.size, "seed": args.seed, "resolution": pictures.size,
-             "items": len(pictures.items), "surface": args.surface}  # fmt: skip
+             "items": len(pictures.items), "surface": args.surface, "materials": args.materials}  # fmt: skip
     box = loop.Box(minutes=args.minutes, max_steps=args.max_steps or float("inf"))
     outcome = loop.run(stage, args.resume / "get3d", box, world, facts)
     log.info("get3d: %d steps, ended by %s, %s", outcome.steps, outcome.stopped, json.dumps(outcome.figures))
@@ -87,6 +88,7 @@ def get3dhuman(args: argparse.Namespace, device: torch.device, world: loop.World
         if world.rank == 0 and name == "teacher":
             _keep(args, "teacher", stage.teacher.state_dict(), {})
         elif world.rank == 0:
+            stages.settle(student)
             state = {k: v for k, v in student.state_dict().items() if not k.startswith("Dis_")}
             if name == "refine":
                 state |= {k: v for k, v in stage.refine.state_dict().items() if v.is_floating_point()}

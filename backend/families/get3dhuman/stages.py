@@ -206,7 +206,8 @@ class DistillStage(_Stage):
     def batch_of(self, items: list[Item], key: list[int]) -> Batch:
         prior, size = self.priors(items), self.settings.config.z_dim
         random = torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2**62)))
-        points = [losses.surface_points(depth[0].cpu(), self.settings.points, random) for depth in prior.depth]
+        depths = self.people.seen(items).depth  # the renders' own: they surely have a surface
+        points = [losses.surface_points(depth[0], self.settings.points, random) for depth in depths]
         z = {b: torch.stack([self.people.z(i, size, b) for i in items]).to(self.device) for b in ("shape", "texture")}
         return Batch(z["shape"], z["texture"], prior, torch.stack(points).clamp(-0.999, 0.999).to(self.device))
 
@@ -394,6 +395,15 @@ class RefineStage(_Stage):
         drawn, real = self.pairs((self.test or self.train)[:columns])
         image = torch.cat([torch.cat(list(row), 2) for row in (drawn, self._alone(drawn), real)], 1).clamp(0, 1)
         return (image * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+@torch.no_grad()
+def settle(student: Get3DHuman) -> None:
+    """The mean codes that go with the final mappings: moving averages of a short run still remember its start."""
+    for branch in (student.backbone_shape, student.backbone_texture):
+        mapping = branch.mapping
+        z = torch.randn(10_000, mapping.fc0.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        mapping.w_avg.copy_(mapping(z.to(mapping.w_avg))[:, 0].double().mean(0))
 
 
 def facts_of(settings: Settings, size: str, seed: int, people: People, name: str) -> dict[str, Any]:
