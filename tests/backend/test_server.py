@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image, ImageDraw
 
 from backend import __version__, families, packet
 from tests.faults.harness import REPOSITORY, Backend, new_id
@@ -194,6 +195,42 @@ def test_families_publish_what_can_be_asked_for(backend: Backend) -> None:
     assert (height["kind"], height["low"], height["high"], height["unit"]) == ("number", 1.5, 1.95, "m")
     assert found["people"]["parts"] == ["body", "shoes", "bottom", "top", "hair", "accessory"]
     assert {"rest", "sitting"} <= set(capsule["poses"])
+
+
+def test_a_photo_becomes_a_person_and_is_made_again_from_the_packet(backend: Backend) -> None:
+    photo = Image.new("RGBA", (200, 300))
+    draw = ImageDraw.Draw(photo)
+    draw.ellipse((80, 20, 120, 65), (200, 150, 120, 255))
+    draw.rectangle((65, 60, 135, 170), (180, 30, 30, 255))
+    draw.rectangle((70, 170, 130, 280), (30, 40, 90, 255))
+
+    def send(data: bytes) -> str:
+        status, _, said = backend.call("POST", "/v1/images", data, {**backend.headers, "Content-Type": "image/png"})
+        assert status == 200
+        return json.loads(said)["id"]
+
+    out = io.BytesIO()
+    photo.save(out, "PNG")
+    asked = {"photos": [{"image": send(out.getvalue())}], "inversion": {"steps": 2}, **SMALL, "maps": "color"}
+    job_id = backend.submit(0, **asked)
+    assert backend.wait(job_id)["state"] == "done"
+    asset = packet.loads(backend.result(job_id))
+    assert asset.meta["photo"]["box"] == [65, 20, 136, 281]
+    assert asset.rig is not None
+    assert asset.rig.rotations is not None
+    recipe = {k: v for k, v in asset.meta["recipe"].items() if k not in ("version", "weights_sha256", "family", "seed")}
+    again = backend.submit(
+        99, latents={name: rows.tolist() for name, rows in asset.latents.items()},
+        latent_maps={name: send(png) for name, png in asset.maps.items()}, **recipe,
+    )  # fmt: skip
+    assert backend.wait(again)["state"] == "done"
+    made = packet.loads(backend.result(again))
+    assert made.parts[0].base_color_png == asset.parts[0].base_color_png
+    assert np.array_equal(made.parts[0].vertices, asset.parts[0].vertices)
+    empty = io.BytesIO()
+    Image.new("RGBA", (200, 300)).save(empty, "PNG")
+    failed = backend.wait(backend.submit(0, photos=[{"image": send(empty.getvalue())}], **TINY))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "no_person_found")
 
 
 def test_cancel_between_steps(backend: Backend) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -46,6 +47,9 @@ class FakeBackend:
         self.protocol, self.version = 1, "9.9.9"
         self.families: Any = [FAMILY]
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.requests: list[dict[str, Any]] = []
+        self.images: dict[str, bytes] = {}
+        self.bad_image: dict[str, str] | None = None  # images are refused with this
         self.seen: list[str] = []  # "METHOD path" of every request
         self.leases = 0
         self.stopped = asyncio.Event()
@@ -120,6 +124,12 @@ class FakeBackend:
             await self._reply(writer, 200, [{"name": "balls", "sha256": "ab" * 32}])
         elif route == "/events":
             await self._events(reader, writer, path.partition("client=")[2])
+        elif route == "/images" and method == "POST":
+            if self.bad_image is not None:
+                return await self._reply(writer, 422, self.bad_image)
+            image = hashlib.sha256(body).hexdigest()
+            self.images[image] = body
+            await self._reply(writer, 200, {"id": image, "width": 1, "height": 1})
         elif route == "/jobs" and method == "POST":
             await self._submit(writer, json.loads(body))
         elif route == "/shutdown":
@@ -140,6 +150,7 @@ class FakeBackend:
 
     async def _submit(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         job = self.jobs.get(body["id"])
+        self.requests.append(body["request"])
         if job is None:
             job = self.jobs[body["id"]] = {"id": body["id"], "client": body["client"], "state": "queued", "stage": "",
                                            "fraction": 0.0, "eta_s": None, "error": None}  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ import pytest
 
 from blender_addon import api, process, session
 from blender_addon.client import Client
-from blender_addon.messages import PROTOCOL_VERSION, BackendError, BadReply, Request, Status, error_from_json
+from blender_addon.messages import PROTOCOL_VERSION, BackendError, BadReply, Request, Status, error_from_json, inline
 from blender_addon.session import Job, Link, Session
 from tests.blender_addon import making
 from tests.blender_addon.fake_backend import TOKEN, FakeBackend
@@ -63,6 +64,54 @@ def test_job_from_request_to_person(home: Path) -> None:
         assert fake.leases == 1
         await made.close()
         await until(lambda: fake.leases == 0)
+
+    run(scenario, home)
+
+
+def test_images_are_sent_ahead_and_named_by_their_ids(home: Path, tmp_path: Path) -> None:
+    photo, png = tmp_path / "photo.jpg", b"a map " * 70_000  # more than one piece
+    photo.write_bytes(b"jpeg")
+    latents = {"top/tex": [[0.0]]}
+    edit = {"op": "part", "parts": ["top"], "other": {"latents": latents, "latent_maps": {"top/photo": inline(png)}}}
+
+    async def scenario(fake: FakeBackend, made: Session) -> None:
+        job = Job(Request(photos=[photo, {"image": str(photo), "person": 1}], edits=[edit]))
+        made.submit(job)
+        await made.result(job.id)
+        ids = [hashlib.sha256(data).hexdigest() for data in (b"jpeg", png)]
+        assert fake.images == dict(zip(ids, (b"jpeg", png)))
+        assert fake.seen.count("POST /v1/images") == 2
+        (request,) = fake.requests
+        assert request["photos"] == [{"mask": None, "person": person, "image": ids[0]} for person in (0, 1)]
+        assert request["edits"][0]["other"]["latent_maps"] == {"top/photo": ids[1]}
+        assert request["pose"] == "photo"
+        assert edit["other"]["latent_maps"] == {"top/photo": inline(png)}
+
+    run(scenario, home)
+
+
+def test_photos_that_cannot_be_sent_fail_the_job_only(home: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("text")
+
+    async def scenario(fake: FakeBackend, made: Session) -> None:
+        fake.bad_image = {"code": "image_unreadable", "message": "This is not a picture.", "hint": "Give a photo."}
+        for path, said in ((tmp_path / "none.jpg", "No such file"), (text, "not a picture")):
+            job = Job(Request(photos=[path]))
+            made.submit(job)
+            with pytest.raises(BackendError, match=said) as caught:
+                await made.result(job.id)
+            assert caught.value.code == "image_unreadable"
+        fake.bad_image = None
+        fake.raw["/v1/images"] = b'HTTP/1.1 200 X\r\nContent-Length: 12\r\n\r\n{"id": ".."}'
+        job = Job(Request(photos=[text]))
+        made.submit(job)
+        with pytest.raises(BadReply, match="without an id"):
+            await made.result(job.id)
+        assert not fake.jobs
+        job = Job(Request(seed=1))
+        made.submit(job)
+        await made.result(job.id)
 
     run(scenario, home)
 
