@@ -31,6 +31,7 @@ BEHIND = 0.015  # metres behind the visible surface from which on the photo does
 JUMP = 0.04  # metres: about a larger step of depth the photo does not speak
 FRONTAL = (0.25, 0.6)  # cosines to the viewer between which the photo gains its full say
 RIM = 2  # pixels of the photo at the silhouette where the background bleeds in
+FLAT = 0.1  # share of its volume that a blend of bone matrices must leave, to be undone
 ROUGHNESS = 0.8  # nothing is known of the material
 
 
@@ -130,14 +131,17 @@ class SifuField:
         last = last.clamp(max=len(z) - 2)
         here, beyond = (values.gather(2, (last + i)[..., None])[..., 0] for i in (0, 1))
         part = ((here - INSIDE) / (here - beyond).clamp(min=1e-6)).clamp(0, 1)
-        depth = torch.where(some, z[last] + part * (z[1] - z[0]), z[0])
+        depth = torch.where(some, torch.lerp(z[last], z[last + 1], part), z[0])
         wide = functional.max_pool2d(depth[None, None], 3, 1, 1)[0, 0]
         narrow = -functional.max_pool2d(-depth[None, None], 3, 1, 1)[0, 0]
         sure = (some & (wide - narrow < JUMP)).float()
         smooth = functional.avg_pool2d(depth[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
-        slope = torch.stack(torch.gradient(smooth, spacing=(float(x[1] - x[0]), float(y[1] - y[0]))))
+        # the outermost nodes lie on the box; all others are evenly spaced
+        cell = torch.stack([axis[len(axis) // 2] - axis[len(axis) // 2 - 1] for axis in (x, y)])
+        slope = torch.stack(torch.gradient(smooth, spacing=(float(cell[0]), float(cell[1]))))
         facing = (1 + slope.square().sum(0)).rsqrt()
-        return depth, facing, sure, torch.stack([x[0], y[0]]), torch.stack([x[-1], y[-1]])
+        low, high = torch.stack([x[1], y[1]]) - cell, torch.stack([x[-2], y[-2]]) + cell
+        return depth, facing, sure, low, high
 
     def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         return points.new_tensor([ROUGHNESS, 0.0]).expand(len(points), 2)
@@ -149,6 +153,9 @@ class SifuField:
         indices, weights = self.skin(points)
         matrices = self.body.matrices(self.placed.shape, self.placed.rotations)
         blended = (weights[..., None, None] * matrices[indices]).sum(1)
+        # where bones turn against each other their mean flattens space: there the first one alone is undone
+        flat = torch.linalg.det(blended[:, :, :3]) < FLAT
+        blended = torch.where(flat[:, None, None], matrices[indices[:, 0]], blended)
         turned = torch.linalg.solve(blended[:, :, :3].double(), (points - blended[:, :, 3])[..., None].double())
         return turned[..., 0].to(points) - points
 
