@@ -48,6 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="small",
                         help="tiny: for tests; small: two CPU cores; base: a GPU (default: small)")  # fmt: skip
     parser.add_argument("--surface", choices=("dmtet", "flexicubes"), default="dmtet", help="of get3d (default: dmtet)")
+    parser.add_argument("--materials", action="store_true",
+                        help="get3d learns base colour, roughness, metallic and normals, for renders made with --lit")
     parser.add_argument("--stage", choices=(*STAGES, ENCODER, *HUMAN_STAGES, "all"),
                         help="of people (default: fit; encoder: of photos, without a kit), or of get3dhuman: teacher, "
                         "shape, texture, refine "
