@@ -106,9 +106,9 @@ def drive(gui: Any) -> Iterator[Any]:
     area = gui.box(gui.region("WINDOW"))
     gui.move(area[0] + area[2] / 3, area[1] + area[3] / 2)
     yield 0.3
-    gui.key("KP_0")
+    gui.key("KP_Insert")
     yield from shot(gui, "44_camera")
-    gui.key("KP_0")
+    gui.key("KP_Insert")
     yield 0.5
     look(gui)
 

@@ -3,7 +3,8 @@
 uninstall, set up again from a folder of wheels, each with a picture, and a person made at the end.
 
 A driver, see `setup.py`: it wants the POPULACE_HOME that `setup.py` left, the full zip of another version, SETUP_PATH
-as there, and in WHEELS a folder filled by `pip download --only-binary :all: -d FOLDER populace-VERSION.whl`.
+as there, and in WHEELS a folder filled by `pip download --only-binary :all: -d FOLDER populace-VERSION.whl`. STEPS
+names those of upgrade, preferences and folder that are wanted; each begins where the one before ended.
 """
 
 from __future__ import annotations
@@ -55,18 +56,12 @@ def off(gui: Any) -> Iterator[float]:
     yield 1
 
 
-def drive(gui: Any) -> Iterator[float]:
+def upgrade(gui: Any) -> Iterator[float]:
+    """The old one still works; then the newer one, which takes its place when it was stopped and started."""
     chores, known = module("chores"), module("setup.operators").known
-    os.environ["PATH"] = f"{os.environ['SETUP_PATH']}:{os.environ['PATH']}"
-    bpy.context.preferences.system.use_online_access = True
-    preferences = bpy.context.preferences.addons[PACKAGE].preferences
-    preferences.torch_index, preferences.package_index = "pip", ""
     old, new = known.installed["version"], known.version
     assert known.can_upgrade, (old, new)
-    yield 1
     gui.shot(f"{SHOTS}/can_upgrade.png")
-
-    # The old one still works; then the newer one, which takes its place when it was stopped and started.
     bpy.ops.populace.start_backend()
     yield from ready(gui)
     assert module("tasks").session().health.version == old
@@ -89,8 +84,11 @@ def drive(gui: Any) -> Iterator[float]:
     bpy.ops.populace.stop_backend()
     yield from off(gui)
 
-    # The preferences: back to the old one, then away with both.
-    area = gui.area()
+
+def preferences(gui: Any) -> Iterator[float]:
+    """Back to the version from before, then away with both."""
+    chores, known = module("chores"), module("setup.operators").known
+    area, before = gui.area(), known.previous["version"]
     area.ui_type = "PREFERENCES"
     bpy.context.preferences.active_section = "ADDONS"
     bpy.context.window_manager.addon_search = "Populace"
@@ -99,29 +97,32 @@ def drive(gui: Any) -> Iterator[float]:
     yield from gui.click(place[-1][0] - 60, place[-1][1])  # the triangle before the name
     yield 2
     gui.shot(f"{SHOTS}/preferences.png")
-    yield from press(gui, "Roll")
+    yield from press(gui, "Back")
     yield from gui.until(chores.is_busy, timeout=20)
     yield from ended(gui)
+    assert known.installed["version"] == before
+    yield from ready(gui)  # at once
     gui.shot(f"{SHOTS}/rolled_back.png")
-    assert known.installed["version"] == old
-    yield from ready(gui)  # the old one, at once
     yield from press(gui, "Stop")
     yield from off(gui)
     yield from press(gui, "Uninstall")
     yield 1.5
     gui.shot(f"{SHOTS}/uninstall_dialog.png")
-    yield from press(gui, "Uninstall", 1)
+    yield from press(gui, "Uninstall")  # the dialog's, which covers the other
     yield from gui.until(lambda: chores.current().result.get("freed_bytes", 0) > 1e9, timeout=120)
     yield 1
     gui.shot(f"{SHOTS}/uninstalled.png")
     assert not known.installed
     assert module("process").installed_python() is None
-
-    # Without a network, from a folder of wheels, by the file browser.
-    bpy.context.preferences.system.use_online_access = False
-    area.ui_type = "VIEW_3D"
     chores.dismiss()
+    area.ui_type = "VIEW_3D"
     yield from gui.open_tab("Populace")
+
+
+def folder(gui: Any) -> Iterator[float]:
+    """Without a network, from a folder of wheels, by the file browser; then a person."""
+    chores = module("chores")
+    bpy.context.preferences.system.use_online_access = False
     yield 1
     gui.shot(f"{SHOTS}/offline_again.png")
     yield from gui.click_word("Folder")
@@ -130,12 +131,13 @@ def drive(gui: Any) -> Iterator[float]:
     browser.spaces.active.params.directory = os.environ["WHEELS"].encode()
     yield 2
     gui.shot(f"{SHOTS}/choose_folder.png")
-    yield from press(gui, "Set")
+    left, top, width, height = gui.box(gui.region("EXECUTE", browser))
+    yield from gui.click(left + width - 60, top + height / 2)
     yield from gui.until(chores.is_busy, timeout=20)
     yield from ended(gui)
     yield from ready(gui)
     gui.shot(f"{SHOTS}/from_folder.png")
-    assert module("tasks").session().health.version == new
+    assert module("tasks").session().health.version == module("setup.operators").known.version
     bpy.data.batch_remove(list(bpy.data.objects))
     form = bpy.context.scene.populace
     form.faces, form.grid_resolution, form.randomise_seed, form.seed = 8000, 128, False, 12
@@ -144,3 +146,13 @@ def drive(gui: Any) -> Iterator[float]:
     yield from gui.until(lambda: any(o.populace.uuid for o in bpy.data.objects), timeout=240)
     yield 2
     gui.shot(f"{SHOTS}/person_again.png")
+
+
+def drive(gui: Any) -> Iterator[float]:
+    os.environ["PATH"] = f"{os.environ['SETUP_PATH']}:{os.environ['PATH']}"
+    bpy.context.preferences.system.use_online_access = True
+    addon = bpy.context.preferences.addons[PACKAGE].preferences
+    addon.torch_index, addon.package_index = "pip", ""
+    yield 1
+    for step in os.environ.get("STEPS", "upgrade,preferences,folder").split(","):
+        yield from {"upgrade": upgrade, "preferences": preferences, "folder": folder}[step](gui)
