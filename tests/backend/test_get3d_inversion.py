@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from backend import pipeline
 from backend.families.base import PersonPhoto
 from backend.families.get3d import inversion, surfaces
 from backend.families.get3d.config import Config
@@ -19,8 +22,9 @@ from backend.families.get3d.fields import planes_on_axis, read_planes, separated
 from backend.families.get3d.model import DualField, Get3dModel
 from backend.families.get3d.networks import Generator
 from backend.geometry.mesh import signed_volume
+from backend.photo.album import Album
 from backend.pipeline import mesh_facts
-from backend.protocol import Inversion, PopulaceError
+from backend.protocol import Inversion, PopulaceError, parse_request
 from backend.render.camera import Camera, to_clip
 from tests.backend.get3d_taught import taught
 
@@ -81,6 +85,23 @@ def test_no_steps_give_the_mean_shape_and_time_ends_a_fit() -> None:
     assert torch.equal(found.latents.codes["body/shape"][0], taught().mapping_geo.w_avg)
     hasty = inversion.fit(taught(), [photo], 1000, seconds=0.01, size=24, cells=12)
     assert len(hasty.losses) <= 3
+
+
+def test_a_photo_goes_the_whole_road_and_the_packet_makes_the_object_again() -> None:
+    model, album, out = Get3dModel(taught(), CPU), Album(), io.BytesIO()
+    Image.fromarray(shown()[0].rgba).save(out, "PNG")
+    asked = {"family": "get3d", "grid_resolution": 24, "faces": 600, "texture_size": 512, "maps": "color"}
+    photos = {"photos": [{"image": album.add(out.getvalue())}], "inversion": {"steps": 2}}
+    stages: list[str] = []
+    made, _ = pipeline.generate(parse_request({**asked, **photos}), model, lambda stage, _: stages.append(stage), album)
+    assert made.meta["stats"]["closed"]
+    assert set(made.meta["photo"]["scores"]) == {"mask_iou", "psnr"}
+    assert "invert" in stages
+    again, _ = pipeline.generate(
+        parse_request({**asked, "latents": {name: code.tolist() for name, code in made.latents.items()}}), model
+    )
+    assert np.array_equal(again.parts[0].vertices, made.parts[0].vertices)
+    assert again.parts[0].base_color_png == made.parts[0].base_color_png
 
 
 def test_several_photos_are_of_one_object() -> None:

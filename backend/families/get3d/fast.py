@@ -17,8 +17,8 @@ from torch import Tensor
 
 from backend.families.get3d.networks import Decoded, Synthesis
 
-# Largest difference to float32 that is allowed of planes, values and colours: root mean square, of float32's own. The
-# published sizes and random weights give a quarter of it.
+# Largest difference to float32 that is allowed of planes, values and colours: root mean square, of float32's own. Small
+# networks with random weights show half of it.
 ERROR = 0.02
 _WARM_UP = 3  # runs before a recording, in which libraries choose their ways
 

@@ -32,6 +32,7 @@ from backend.families.get3d.networks import Decoded, Generator, mixed_rows
 from backend.families.get3d.surfaces import FAR, NEAR, Shapes, Surfacer
 from backend.protocol import PopulaceError
 from backend.render.camera import Camera, perspective
+from backend.render.gaussian_light import random_light
 from backend.training import checkpoint
 from backend.training.discriminators import discriminator_loss, generator_loss, r1_penalty
 from backend.training.loop import Phase
@@ -149,18 +150,23 @@ class Get3dStage:
             out.append(torch.cat(mixed))
         return out[0], out[1]
 
-    def see(self, decoded: Decoded, c2w: Float[Tensor, "B 4 4"]) -> tuple[Float[Tensor, "B 4 R R"], Shapes]:
-        """Pictures of the shapes by one camera each, and their meshes."""
+    def see(
+        self, decoded: Decoded, c2w: Float[Tensor, "B 4 4"], keys: Sequence[Sequence[int]]
+    ) -> tuple[Float[Tensor, "B 4 R R"], Shapes]:
+        """Pictures of the shapes by one camera each, and their meshes. With materials the light is a function of the
+        keys."""
         shapes = self.surfacer(decoded)
         mvp = Camera(c2w, self.projection.expand(len(c2w), 4, 4)).mvp
-        colors, masks = surfaces.see(decoded, shapes, mvp[:, None], self.size)
+        lights = [random_light([*key]) for key in keys] if self.settings.config.material else []
+        colors, masks = surfaces.see(decoded, shapes, mvp[:, None], self.size, c2w[:, None, :3, 3], lights)
         return torch.cat([colors[:, 0], masks[:, 0]], 1), shapes
 
     def fakes(self, step: int, samples: range) -> Fakes:
         rngs = [np.random.default_rng([self.seed, step, i, 3]) for i in samples]
         c2w = torch.from_numpy(np.stack([self.pool.views[rng.integers(len(self.pool.views))].c2w for rng in rngs]))
         geo, tex = self.rows(step, samples)
-        pictures, shapes = self.see(self.generator.synthesis(geo, tex), c2w.to(self.device))
+        keys = [[self.seed, step, i, 5] for i in samples]
+        pictures, shapes = self.see(self.generator.synthesis(geo, tex), c2w.to(self.device), keys)
         return Fakes(pictures, angles(c2w).to(self.device), shapes)
 
     def reals(self, step: int, samples: range) -> tuple[Float[Tensor, "B 4 R R"], Float[Tensor, "B 2"]]:
@@ -231,9 +237,10 @@ class Get3dStage:
         out = []
         with self.average.in_place():
             for start in range(0, len(keys), _MEASURED_AT_ONCE):
-                z = [self.codes(key) for key in keys[start : start + _MEASURED_AT_ONCE]]
+                part = slice(start, start + _MEASURED_AT_ONCE)
+                z = [self.codes(key) for key in keys[part]]
                 decoded = self.generator(torch.cat([a for a, _ in z]), torch.cat([b for _, b in z]))
-                out.append(self.see(decoded, c2w[start : start + _MEASURED_AT_ONCE].to(self.device))[0].cpu())
+                out.append(self.see(decoded, c2w[part].to(self.device), keys[part])[0].cpu())
         return torch.cat(out)
 
     @torch.no_grad()
