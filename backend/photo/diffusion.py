@@ -59,8 +59,7 @@ class DiffusionEditor:
 
     @torch.no_grad()
     def edit(self, views: Views, step: Step = no_step) -> Float[Tensor, "B H W 3"]:
-        """Views are painted at the model's size and enlarged again; beside the person and where the photo has seen
-        something they stay as they are."""
+        """Views are painted at the model's size; what changed there is enlarged again."""
         count, height = views.rgb.shape[:2]
         small = functional.interpolate(views.rgb.permute(0, 3, 1, 2), 2 * [self.size], mode="area")
         pictures = [Image.fromarray(picture) for picture in _bytes(small)]
@@ -80,8 +79,7 @@ class DiffusionEditor:
         painted = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in found])).to(views.rgb)
         painted = painted.permute(0, 3, 1, 2) / 255
         change = functional.interpolate(painted - small, 2 * [height], mode="bicubic", align_corners=False)
-        free = ((1 - views.seen) * views.mask)[..., None]
-        return (views.rgb + free * change.permute(0, 2, 3, 1)).clamp(0, 1)
+        return (views.rgb + change.permute(0, 2, 3, 1)).clamp(0, 1)
 
     def _prompt(self, azimuth: float) -> str:
         side = next(name for name, most in SIDES.items() if azimuth <= most)

@@ -34,7 +34,7 @@ SIZE = 768  # pixels along a side of a view
 MOST_VIEWS = 9
 GAIN = 0.02  # of the hidden surface, that one more view has to show
 SMOOTH = 1e-3  # texels that no view shows go on as their neighbours do
-KEEP = 1e-5
+KEEP = 1e-7
 ITERATIONS = 400
 PRECISION = 1e-5
 KNOWN = 0.9  # share of the photo's from which on a texel is an example for others
@@ -85,8 +85,8 @@ class Editor(Protocol):
     """Views in, edited views out."""
 
     def edit(self, views: Views, step: Step = no_step) -> Float[Tensor, "B H W 3"]:
-        """All views together, so that they agree where they overlap; sRGB 0..1. Where the photo has seen something the
-        result plays no role."""
+        """All views together, so that they agree where they overlap; sRGB 0..1. The difference to `views.rgb` counts
+        as far as the photo did not see a place."""
         ...
 
 
@@ -112,7 +112,8 @@ def refine(
     step("refine", 0.2)
     edited = editor.edit(views, lambda stage, share: step("refine", 0.2 + 0.5 * share))
     step("refine", 0.7)
-    change = (edited - views.rgb)[views.mask].double().cpu().numpy()
+    change = (edited - views.rgb) * (1 - views.seen)[..., None]
+    change = change[views.mask].double().cpu().numpy()
     if not change.any():
         return [part.color for part in parts]
     found = _solve(scene, looks, change)

@@ -9,11 +9,11 @@ where people are not symmetric, or where the difference says nothing about other
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -21,12 +21,13 @@ from backend.families.base import Step, no_step
 from backend.photo.refine import Known, Views
 
 REACH = 0.02  # metres between a place's mirror image and what was seen there
-NEIGHBOURS = 8
+NEIGHBOURS = 24
 TURNED = 0.3  # least cosine between normals of places that teach each other
 FEWEST = 50  # examples
 PROBES = 1500  # examples that test the rules
 PRIOR = 0.1  # of the examples' own variance: how much is believed of mirrors before any evidence
-DISTANCES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # metres, bounds of bins
+DISTANCES = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # metres from which on examples are taken, to test the rule
+SOFT = 1e-4  # square metres: examples nearer than a centimetre count about alike
 CHUNK = 100_000
 
 
@@ -47,7 +48,7 @@ class SymmetricFill:
             places = [values[at].double().cpu().numpy() for values in (views.points, views.normals)]
             fill = rules.predict(*places, base.double().cpu().numpy())
             change = torch.from_numpy(fill).to(base) - base
-            out[at] = (views.rgb[at] + (1 - views.seen[at])[:, None] * change).clamp(0, 1)
+            out[at] = views.rgb[at] + change
         return out
 
 
@@ -60,15 +61,18 @@ class Rules:
     """What the photo's places say of others, and how far they are right."""
 
     known: Known
-    tree: cKDTree
+    tree: cKDTree  # of all examples
+    coarse: cKDTree  # of the probes alone
+    probes: Int[np.ndarray, " P"]  # of the examples
     mirror: float  # share of a mirror image's difference that is right
-    fading: Float[np.ndarray, " n"]  # the same for the mean difference of neighbours, at the middles of `DISTANCES`
+    fading: Float[np.ndarray, " n"]  # the same for the mean difference of neighbours, at `DISTANCES`
 
     @classmethod
     def learn(cls, known: Known) -> Rules:
         probes = np.random.default_rng(0).permutation(len(known.points))[:PROBES]
-        blank = cls(known, cKDTree(known.points), 0.0, np.zeros(len(DISTANCES)))
-        return cls(known, blank.tree, blank._mirror_share(probes), _fading(known, probes))
+        trees = cKDTree(known.points), cKDTree(known.points[probes])
+        blank = cls(known, *trees, probes, 0.0, np.zeros(len(DISTANCES)))
+        return replace(blank, mirror=blank._mirror_share(probes), fading=_fading(known, probes))
 
     def _mirror_share(self, probes: np.ndarray) -> float:
         """By places whose mirror image was seen as well and is another place; least squares with a prior."""
@@ -105,29 +109,33 @@ class Rules:
         return np.concatenate(out) if out else base
 
     def _predict(self, points: np.ndarray, normals: np.ndarray, base: np.ndarray) -> np.ndarray:
-        distance, index = self.tree.query(points, k=NEIGHBOURS)
-        weight = 1 / (np.square(distance) + 1e-4)
-        weight /= weight.sum(1, keepdims=True)
-        difference = (weight[..., None] * (self.known.colors - self.known.base)[index]).sum(1)
-        bounds = np.concatenate([[0], DISTANCES])
-        share = np.interp(distance[:, 0], (bounds[1:] + bounds[:-1]) / 2, self.fading, right=0.0)
+        distance, index = self.coarse.query(points, k=min(NEIGHBOURS, len(self.probes)))
+        difference = _mean(distance, (self.known.colors - self.known.base)[self.probes[index]])
+        share = np.interp(distance[:, 0], DISTANCES, self.fading, right=0.0)
         near = base + share[:, None] * difference
         color, trust = self._mirrored(points, normals)
         return near + (self.mirror * trust)[:, None] * (color - near)
 
 
+def _mean(distance: Float[np.ndarray, "N k"], values: Float[np.ndarray, "N k 3"]) -> Float[np.ndarray, "N 3"]:
+    weight = np.where(np.isfinite(distance), 1 / (np.square(distance) + SOFT), 0)
+    return (weight[..., None] * values).sum(1) / np.maximum(weight.sum(1), 1e-12)[:, None]
+
+
 def _fading(known: Known, probes: np.ndarray) -> Float[np.ndarray, " n"]:
-    """Share of the mean difference at a distance that is right here; it never grows with the distance."""
+    """Which share of the mean difference of the nearest examples is right here if all nearer ones than a distance are
+    not to be had: least squares over the probes. It never grows with the distance."""
     points, difference = known.points[probes], (known.colors - known.base)[probes]
     apart = np.sqrt(np.square(points[:, None] - points[None]).sum(2))
-    shares, low = [], 0.0
-    for high in DISTANCES:
-        inside = ((apart > low) & (apart <= high) & ~np.eye(len(points), dtype=bool)).astype(np.float64)
-        count = inside.sum(1)
-        mean = inside @ difference / np.maximum(count, 1)[:, None]
-        counted = count > 0
-        power = np.square(mean[counted]).sum()
-        share = (mean[counted] * difference[counted]).sum() / power if power > 0 else 0.0
-        shares.append(share if counted.sum() >= FEWEST // 2 else (shares[-1] if shares else 0.0))
-        low = high
+    np.fill_diagonal(apart, np.inf)
+    k, shares = min(NEIGHBOURS, len(points) - 1), []
+    for least in DISTANCES:
+        allowed = np.where(apart >= least, apart, np.inf)
+        index = np.argpartition(allowed, k - 1, 1)[:, :k]
+        distance = np.take_along_axis(allowed, index, 1)
+        tested = np.isfinite(distance).any(1)
+        mean = _mean(distance, difference[index])[tested]
+        power = np.square(mean).sum()
+        enough = tested.sum() >= FEWEST // 2 and power > 0
+        shares.append((mean * difference[tested]).sum() / power if enough else 0.0)
     return np.minimum.accumulate(np.clip(shares, 0, 1))
