@@ -51,7 +51,7 @@ def test_one_capsule_human_is_learned_in_a_minute(kind: Any, tmp_path: Path) -> 
             phase.optimiser.step()
             first = first if step else {**first, **figures}
             last = figures
-    assert last["right"] > 0.97
+    assert last["right"] > 0.95
     assert last["color"] < 0.5 * first["color"]
     path = tmp_path / f"{kind}.safetensors"
     export(stage.network, path)
