@@ -160,7 +160,8 @@ class POPULACE_OT_from_photo(Action, bpy.types.Operator):
         names = [one.name for one in self.files if one.name]
         folder = bpy.path.abspath(self.directory)
         return [Path(folder, name) for name in names] or (
-            [Path(bpy.path.abspath(self.filepath))] if self.filepath else [])
+            [Path(bpy.path.abspath(self.filepath))] if self.filepath else []
+        )
 
 
 def _check(paths: list[Path]) -> None:

@@ -150,8 +150,13 @@ def drive(gui: Any) -> Iterator[Any]:
     bpy.context.scene.cursor.location = (1.1, 0, 0)
     with gui.override():
         bpy.ops.populace.generate(
-            "EXEC_DEFAULT", seed=40, prompt="tall man, beard, red shirt, black trousers, bald", faces=FACES,
-            grid_resolution=GRID, texture_size=TEXTURE)
+            "EXEC_DEFAULT",
+            seed=40,
+            prompt="tall man, beard, red shirt, black trousers, bald",
+            faces=FACES,
+            grid_resolution=GRID,
+            texture_size=TEXTURE,
+        )
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     look(gui, (0.5, 0, 0.95), 5)
     root.select_set(True)

@@ -154,8 +154,13 @@ def drive(gui: Any) -> Iterator[Any]:
     bpy.data.batch_remove([twin, *twin.children_recursive])
     with gui.override():
         bpy.ops.populace.generate(
-            "EXEC_DEFAULT", seed=40, prompt="tall man, short black hair, yellow shirt, black trousers", faces=FACES,
-            grid_resolution=GRID, texture_size=TEXTURE)
+            "EXEC_DEFAULT",
+            seed=40,
+            prompt="tall man, short black hair, yellow shirt, black trousers",
+            faces=FACES,
+            grid_resolution=GRID,
+            texture_size=TEXTURE,
+        )
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     other = next(o for o in people() if o != root)
     other.select_set(True)
