@@ -27,9 +27,12 @@ _RING: Final = 0.03  # width of the frame, of the longer side
 _REACH: Final = 0.12  # from a surface, in RGB 0..1, at the first guess
 _SPREAD: Final = (0.012, 0.04)  # least and greatest standard deviation of a plain background about its surface
 _COVERED: Final = 0.7  # of the frame without its lower side that the background has to explain
-_SHADOW: Final = (0.45, 0.35)  # how much darker than the background a shadow may be, and how much that then counts
-_BRIGHT: Final = 0.8  # length of the RGB colour from which on a background shows shadows: black cloth is none of them
+_SHADOW: Final = 0.45  # how much darker than the background a shadow may be
+_LENIENT: Final = (0.35, 0.1)  # how much that then counts: anywhere, and on the ground about the feet
+_FEET: Final = 0.1  # of the person's height
+_BRIGHT: Final = 0.5  # length of the RGB colour from which on a background shows shadows: black cloth is none of them
 _EDGE_WEIGHT: Final = 4.0  # of a cut between equal colours, in nats
+_MAX_CROSSINGS: Final = 4  # of the frame by what stands before the background; more of it is a pattern
 _UNIT: Final = 1000  # whole numbers per nat: the flow is computed in integers
 _TONES: Final = 5  # of the person's colours
 
@@ -53,17 +56,20 @@ def foreground(rgb: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
     y, x = np.mgrid[:height, :width]
     x, y = x / max(width - 1, 1), y / max(height - 1, 1)
     surfaces = _surfaces(small, x, y)
+    spread, ring = surfaces[0].spread, _ring(height, width)
     distance = np.min([_distance(small, s, x, y) for s in surfaces], 0)  # in standard deviations
-    spread = surfaces[0].spread
-    person = distance > 5.0
-    ring = _ring(height, width)
     sure = ring & (distance < 3.0)
-    for _ in range(2):
+    person = _cut(small, distance, spread, distance > 5.0, sure)
+    rows = np.flatnonzero(person.any(1))
+    if len(rows):
+        ground = y >= y[rows[-1], 0] - _FEET * (y[rows[-1], 0] - y[rows[0], 0])
+        distance = np.min([_distance(small, s, x, y, ground) for s in surfaces], 0)
         person = _cut(small, distance, spread, person, sure)
     person = ndimage.binary_opening(person, iterations=1) | ndimage.binary_erosion(person)
     if person.mean() < 0.001:
         raise PopulaceError("no_person_found", "There is nobody in the photo, only background.", "Choose another one.")
-    if person.mean() > 0.9:
+    sides = np.concatenate([person[::-1, 0], person[0], person[:, -1]])
+    if person.mean() > 0.9 or np.diff(sides.astype(int), prepend=0).clip(0).sum() > _MAX_CROSSINGS:
         raise _mask_needed()
     return _soft(rgb, person)
 
@@ -136,15 +142,18 @@ def _fit(
     return _Surface(terms, spread)
 
 
-def _distance(small: Float[np.ndarray, "h w 3"], surface: _Surface, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of every pixel's colour from the surface's, in standard deviations; shadows are near."""
+def _distance(
+    small: Float[np.ndarray, "h w 3"], surface: _Surface, x: np.ndarray, y: np.ndarray,
+    ground: Bool[np.ndarray, "h w"] | bool = False,
+) -> Float[np.ndarray, "h w"]:  # fmt: skip
+    """Of every pixel's colour from the surface's, in standard deviations; shadows are near, more so on the ground."""
     color = surface.at(x, y)
     off = small - color
     bright = np.linalg.norm(color, axis=-1)
     along = (off * color).sum(-1) / np.maximum(bright, 1e-3)
     across = np.sqrt(np.maximum((off**2).sum(-1) - along**2, 0))
-    depth, counts = _SHADOW
-    along = np.where((along < 0) & (along > -depth * bright) & (bright > _BRIGHT), counts * along, along)
+    counts = np.where(ground, _LENIENT[1], _LENIENT[0])
+    along = np.where((along < 0) & (along > -_SHADOW * bright) & (bright > _BRIGHT), counts * along, along)
     return np.where(y >= surface.top, np.hypot(along, across) / surface.spread, np.inf)
 
 

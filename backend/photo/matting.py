@@ -35,6 +35,7 @@ class Found(PersonPhoto):
     people: int  # in the photo
     matte: Matte  # what told the person from the background
     cut_off: tuple[str, ...]  # sides of the picture that the person reaches: "left", "top", "right", "bottom"
+    is_torn: bool = False  # in pieces above each other: something between them looks like the background
     fov_y_rad: float | None = None  # vertical field of view, where the file tells
 
     @property
@@ -45,13 +46,15 @@ class Found(PersonPhoto):
             said.append(f"{self.people} people are in the photo")
         if self.cut_off:
             said.append(f"the person is cut off ({', '.join(self.cut_off)}), the rest is guessed")
+        if self.is_torn and self.matte == "background":
+            said.append("parts of the person look like the background: a mask would help")
         return tuple(said)
 
 
 def find(rgba: UInt8[np.ndarray, "H W 4"], mask: UInt8[np.ndarray, "H W"] | None = None, person: int = 0) -> Found:
     """Person number `person` from the left. Raises `no_person_found` and `mask_needed`."""
     matte, how = _matte(rgba, mask)
-    pieces, people = _people(matte)
+    pieces, people, torn = _people(matte)
     if person >= people:
         count = "one person is" if people == 1 else f"{people} people are"
         raise PopulaceError("no_person_found", f"Person {person} was asked for, but only {count} in the photo.",
@@ -67,7 +70,7 @@ def find(rgba: UInt8[np.ndarray, "H W 4"], mask: UInt8[np.ndarray, "H W"] | None
     reach = {"left": left < edge, "top": top < edge, "right": right > width - edge, "bottom": bottom > height - edge}
     box = (int(left), int(top), int(right), int(bottom))
     cut = np.dstack([rgba[:, :, :3], matte])
-    return Found(cut, box, people, how, tuple(side for side, reached in reach.items() if reached))
+    return Found(cut, box, people, how, tuple(side for side, reached in reach.items() if reached), person + 1 in torn)
 
 
 def _matte(rgba: UInt8[np.ndarray, "H W 4"], mask: UInt8[np.ndarray, "H W"] | None) -> tuple[np.ndarray, Matte]:
@@ -86,8 +89,9 @@ def _matte(rgba: UInt8[np.ndarray, "H W 4"], mask: UInt8[np.ndarray, "H W"] | No
     return np.ascontiguousarray(alpha), how  # type: ignore[return-value]
 
 
-def _people(matte: UInt8[np.ndarray, "H W"]) -> tuple[np.ndarray, int]:
-    """Labels i32 [h, w] of a smaller picture: 1 for the leftmost person and what is near, and so on; how many."""
+def _people(matte: UInt8[np.ndarray, "H W"]) -> tuple[np.ndarray, int, set[int]]:
+    """Labels i32 [h, w] of a smaller picture: 1 for the leftmost person and what is near, and so on; how many people;
+    the labels of those that are in large pieces above each other."""
     height, width = matte.shape
     scale = min(1.0, _LOOK / max(height, width))
     small = np.asarray(Image.fromarray(matte).resize((max(1, round(width * scale)), max(1, round(height * scale))),
@@ -104,16 +108,18 @@ def _people(matte: UInt8[np.ndarray, "H W"]) -> tuple[np.ndarray, int]:
         is_person[i] &= not any(_is_in_line(boxes[i], boxes[j]) for j in taller)
     middles = np.array([(columns.start + columns.stop) / 2 for _, columns in boxes])
     order = [i for i in np.argsort(middles, kind="stable") if is_person[i]][:MAX_PEOPLE]
-    out = np.zeros(labels.shape, np.int32)
+    out, torn = np.zeros(labels.shape, np.int32), set[int]()
     for number, i in enumerate(order, 1):
         out[labels == i + 1] = number
     for i in np.flatnonzero(~is_person):  # a hand behind a bag, a shoe: of whoever is nearest
         piece = labels[boxes[i]] == i + 1
         nearest = [(_gap(boxes[i], boxes[j]) / tall[j], number, j) for number, j in enumerate(order, 1)]
         gap, number, j = min(nearest)
-        if gap <= _NEAR or (tall[i] >= _SAME * tall[j] and _is_in_line(boxes[i], boxes[j])):
+        is_large = bool(tall[i] >= _SAME * tall[j]) and _is_in_line(boxes[i], boxes[j])
+        if gap <= _NEAR or is_large:
             out[boxes[i]][piece] = number
-    return out, len(order)
+            torn |= {number} if is_large else set()
+    return out, len(order), torn
 
 
 def _is_in_line(a: tuple[slice, slice], b: tuple[slice, slice]) -> bool:
