@@ -27,6 +27,15 @@ def arrived() -> int:
     return sum(bool(o.populace.uuid) for o in bpy.data.objects)
 
 
+def people() -> int:
+    return sum("populace_person" in c for c in crowds()[0].children_recursive)
+
+
+def levels() -> list[int]:
+    """Which level of detail each place shows."""
+    return [o.instance_collection["populace_level"] for o in crowds()[0].objects if "populace_placement" in o]
+
+
 def stage() -> None:
     """A floor that people stand on, a sun and a camera at eye height."""
     for o in list(bpy.data.objects):
@@ -137,9 +146,27 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 2
     assert arrived() == PEOPLE, "one step holds everybody"
 
+    # Live levels of detail: the button beside Update LODs, then the camera goes far away and comes back.
+    box = gui.box(gui.region("UI"))
+    _, y = yield from seen(gui, "Update")
+    yield from gui.click(box[0] + box[2] - 50, y)
+    yield from gui.until(lambda: form.live)
+    near = levels()
+    camera, home = bpy.context.scene.camera, bpy.context.scene.camera.location.copy()
+    assert len(set(near)) > 1, "near ones are finer than far ones"
+    camera.location = (0, -90, 3.2)
+    yield from gui.until(lambda: set(levels()) == {form.lods - 1}, timeout=30)
+    yield 1
+    gui.shot(f"{SHOTS}/crowd_camera_far.png")
+    camera.location = home
+    yield from gui.until(lambda: levels() == near, timeout=30)
+    yield 1
+    gui.shot(f"{SHOTS}/crowd_camera_near.png")
+
     # Another person at one place, by the button.
     place = min((o for o in crowds()[0].objects if "populace_placement" in o), key=lambda o: o.location.y)
     others = {o.name: o.instance_collection.name for o in crowds()[0].objects if o != place}
+    before = place["populace_person"]
     bpy.ops.object.select_all(action="DESELECT")
     place.select_set(True)
     bpy.context.view_layer.objects.active = place
@@ -147,7 +174,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 2
     gui.shot(f"{SHOTS}/crowd_before_reseed.png")
     yield from press(gui, "New")
-    yield from gui.until(lambda: arrived() > PEOPLE, timeout=120)
+    yield from gui.until(lambda: place["populace_person"] != before and arrived() >= people(), timeout=420)
     yield 2
     gui.shot(f"{SHOTS}/crowd_after_reseed.png")
     assert others == {o.name: o.instance_collection.name for o in crowds()[0].objects if o.name in others}

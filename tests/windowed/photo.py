@@ -131,16 +131,36 @@ def drive(gui: Any) -> Iterator[Any]:
     bpy.ops.wm.save_as_mainfile(filepath=f"{SHOTS}/photo.blend")
     assert facts["camera"]
 
-    # As Blender does it with a dropped file: the dialog of the options.
+    # A file dragged onto the view: Blender asks what to do with it, then come the options. This one is broken.
     bpy.ops.object.select_all(action="DESELECT")
     bpy.context.view_layer.objects.active = None
-    gui.move(area[0] + area[2] / 2, area[1] + area[3] / 2)
+    folder = Path(SHOTS).resolve() / "drop"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.png").write_bytes(PHOTO.read_bytes()[:-200])
+    browser = gui.area("PROPERTIES")
+    browser.ui_type = "FILES"
+    yield 2
+    browser.spaces.active.params.directory = str(folder).encode()
+    browser.spaces.active.params.display_type = "THUMBNAIL"
+    yield 3
+    x, y, _, _ = gui.box(gui.region("WINDOW", browser))
+    x, y, to_x, to_y = x + 60, y + 55, area[0] + 480, area[1] + 620
+    gui.move(x, y + 200)
     yield 0.5
-    broken = Path(SHOTS).resolve() / "broken.png"
-    broken.write_bytes(PHOTO.read_bytes()[:60] + b"no picture" * 20)
-    with gui.override():
-        bpy.ops.wm.drop_import_file("INVOKE_DEFAULT", directory=str(broken.parent), files=[{"name": broken.name}])
-    yield from shot(gui, "48_drop")
+    gui.move(x, y)
+    yield 1
+    gui.xdotool("mousedown", 1)
+    for step in range(8):  # slowly at first, else it becomes a selection
+        gui.move(x - 3 * step, y)
+        yield 0.2
+    for step in range(12):
+        gui.move(x + (to_x - x) * step / 11, y + (to_y - y) * step / 11)
+        yield 0.2
+    yield from shot(gui, "48_dragged")
+    gui.xdotool("mouseup", 1)
+    yield from shot(gui, "49_dropped")
+    yield from gui.click(to_x, to_y - 8)  # the second of two
+    yield from shot(gui, "50_drop_options")
     gui.key("Return")
     yield from gui.until(lambda: any(job.status.state == "failed" for job in tasks.listed_jobs()), PATIENCE_S)
-    yield from shot(gui, "49_error")
+    yield from shot(gui, "51_error")
