@@ -16,6 +16,7 @@ from mathutils import Quaternion, Vector
 
 SHOTS = os.environ.get("SHOTS", "shots")
 PEOPLE = int(os.environ.get("PEOPLE", "20"))
+QUICK = "QUICK" in os.environ  # coarse people, for a slow machine
 PLACES = int(os.environ.get("PLACES", "100"))
 
 
@@ -94,6 +95,8 @@ def drive(gui: Any) -> Iterator[Any]:
     stage()
     look(gui, (0, -1, 0.8), 20)
     form = bpy.context.scene.populace_crowd
+    if QUICK:
+        form.faces, form.grid_resolution, form.texture_size = 3000, 64, "512"
     yield 1
     yield from press(gui, "Crowd")
     yield 2.0
