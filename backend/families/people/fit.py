@@ -40,6 +40,7 @@ SCALES = 4  # halvings of the pictures that are compared
 GRID = 72  # cells of the surface that is fitted
 TOPOLOGY = 12  # steps between two searches for the outline's and the light's unknowns
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
+GAIN = 3.5  # largest log of what a palette is multiplied by at once
 PRIORS = {"shape": 0.004, "joints": 0.6, "turn": 0.5, "shift": 0.5}
 
 
@@ -208,7 +209,7 @@ class Fit:
                     ratio = (colors[at] + 0.01).log().median(0).values - (shaded[at] + 0.01).log().median(0).values
                     ratios.setdefault(label, []).append(ratio)
         for label, found in ratios.items():
-            gain = torch.stack(found).mean(0).clamp(-1.2, 1.2).exp()
+            gain = torch.stack(found).mean(0).clamp(-GAIN, GAIN).exp()
             part = self.parts[label]
             code = self.codes[f"{part}/tex"]
             palette = to_srgb(to_linear(code[0, :3].clamp(0.02, 1)) * gain)
@@ -336,7 +337,7 @@ class Fit:
                 ratios.append((colors[at] + 0.01).log().median(0).values - (shaded + 0.01).log().median(0).values)
         if not ratios:
             return
-        gain = torch.stack(ratios).mean(0).clamp(-2, 2).exp()
+        gain = torch.stack(ratios).mean(0).clamp(-GAIN, GAIN).exp()
         code = self.codes[f"{part}/tex"]
         palette = to_srgb(to_linear(code[0, :3].clamp(0.03, 1)) * gain)
         scale = palette / code[0, :3].clamp(min=0.03)

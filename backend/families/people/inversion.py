@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 FITTED = 192  # pixels of the square that is fitted
 LIKELY = 0.04  # items less likely than this are not tried
 TRIED = 3  # items of a part
-FLIP = 0.01  # score that turning about must win
+FLIP = 0.25  # share of the score that turning about must win
 DOUBT = 0.002  # score that an item must win for each e-fold by which it is less likely
 FINE = 128  # cells of the surface that photos are laid on
 ASTRAY = 0.7  # log colours between a pixel and its part's from which on it may be another part's
@@ -124,7 +124,7 @@ def _face_about(fit: Fit) -> None:
         sitting.rotations = mirror @ sitting.rotations[partner] @ mirror
         sitting.place = replace(sitting.place, turn=sitting.place.turn @ about)
         fit.solve_light()
-        if fit.score_of(n) > kept[1] - FLIP:
+        if fit.score_of(n) > (1 - FLIP) * kept[1]:
             fit.sittings[n] = kept[0]
     fit.solve_light()
 
@@ -238,6 +238,7 @@ def lay_photos(
     surface = surface_of(fit.model, fit.codes, FINE)
     coarse, fit.surface = fit.surface, surface
     facing = fit.model.networks.body_field.facing(surface.points)  # pyright: ignore[reportCallIssue]
+    like_face = [i for i, part in enumerate(fit.parts) if part in ("hair", "accessory", "shoes")]
     canvases = {part: Canvas() for part in fit.parts}
     for n, (sitting, photo) in enumerate(zip(fit.sittings, photos, strict=True)):
         clip, vertices = fit.clip(sitting, fit.codes["body/shape"], sitting.rotations, sitting.place)
@@ -260,7 +261,7 @@ def lay_photos(
                 rgb = to_srgb(to_linear(rgb) / shading)
             face = raster.face_id.flatten()[raster.pixels]
             label = surface.labels[surface.faces[face, 0]]
-            weight = weight * ~_astray(to_linear(rgb), surface, label, box is HEAD_BOX)
+            weight = weight * ~_astray(to_linear(rgb), surface, label, like_face)
             for i, part in enumerate(fit.parts):
                 at = (label == i) & (weight > 0.01)
                 if at.any():
@@ -273,15 +274,19 @@ def lay_photos(
     return maps
 
 
-def _astray(colors: Float[Tensor, "N 3"], surface: Surface, label: Int[Tensor, " N"], head: bool) -> Bool[Tensor, " N"]:
-    """Pixels that clearly have another part's colour: a hand before the shirt that the fit has put elsewhere. Faces are
-    let alone: brows look like hair."""
+def _astray(
+    colors: Float[Tensor, "N 3"], surface: Surface, label: Int[Tensor, " N"], like_face: Sequence[int]
+) -> Bool[Tensor, " N"]:
+    """Pixels that clearly have another part's colour: a hand before the shirt that the fit has put elsewhere. Skin may
+    have the colours of the parts `like_face`: brows look like hair."""
     means = torch.stack([surface.albedo[surface.labels == i].median(0).values if bool((surface.labels == i).any())
                          else torch.full((3,), 9.0) for i in range(int(surface.labels.max()) + 1)])  # fmt: skip
     off = torch.cdist((colors + 0.02).log(), (means + 0.02).log())
     own = off.gather(1, label[:, None])[:, 0]
-    other = off.scatter(1, label[:, None], torch.inf).amin(1) if off.shape[1] > 1 else torch.full_like(own, torch.inf)
-    return (own > ASTRAY) & (other < 0.4 * own) & ((label != 0) | (not head))
+    off = off.scatter(1, label[:, None], torch.inf)
+    for i in like_face:
+        off[label == 0, i] = torch.inf
+    return (own > ASTRAY) & (off.amin(1) < 0.4 * own)
 
 
 def _window(box: Volume, points: Tensor, clip: Tensor) -> tuple[Tensor, int] | None:
