@@ -19,7 +19,7 @@ from tests.blender_addon.conftest import PACKAGE
 from tests.blender_addon.said import ADDON
 
 FOREIGN = {"bpy", "bpy_extras", "numpy", "mathutils"}  # all that is not the standard library's
-SMALL = {"a", "and", "as", "at", "by", "for", "from", "in", "of", "on", "the", "to", "with"}  # in titles as Blender writes them
+SMALL = {"a", "and", "as", "at", "by", "for", "from", "in", "of", "on", "the", "to", "with"}  # in titles
 INSTALLER = ("setup/__main__.py", "setup/installer")  # a program of its own, with no Blender in it
 IN_BLENDER = sorted(path for path in ADDON.rglob("*.py")
                     if not path.relative_to(ADDON).as_posix().startswith(INSTALLER))  # fmt: skip
