@@ -237,11 +237,12 @@ def _material(stage: Stage, name: str, part: Part) -> bpy.types.Material:
     return material
 
 
-def packed_image(stage: Stage, name: str, png: bytes) -> bpy.types.Image:
-    """The PNG's own bytes become the packed file (1-5 ms); Blender decodes it when it is first shown."""
+def packed_image(stage: Stage, name: str, png: bytes, file: str = "") -> bpy.types.Image:
+    """The PNG's own bytes become the packed file (1-5 ms); Blender decodes it when it is first shown. Of another
+    format with its `file`, the name that it unpacks to."""
     image = stage.new(bpy.data.images, name, 1, 1)
     image.source = "FILE"
-    image.filepath = f"//{name}.png"
+    image.filepath = f"//{file or name + '.png'}"
     image.pack(data=png, data_len=len(png))
     return image
 

@@ -21,9 +21,10 @@ _TURNS: Final = {3: math.pi, 6: -math.pi / 2, 8: math.pi / 2}  # what EXIF says 
 
 
 def add(context: bpy.types.Context, root: bpy.types.Object, facts: Mapping[str, Any], photo: bytes,
-        name: str) -> bpy.types.Object:  # fmt: skip
+        file: str) -> bpy.types.Object:  # fmt: skip
     """A camera that sees the person as the photo did, child of the person, the scene's camera from now on; the render
-    gets the photo's size. Raises `BackendError` if the facts are none; nothing is left behind then."""
+    gets the photo's size. `file` is the photo's name. Raises `BackendError` if the facts are none, and leaves nothing
+    behind then."""
     try:
         told = facts["camera"]
         c2w = Matrix([[float(x) for x in row] for row in told["c2w"]])
@@ -37,7 +38,7 @@ def add(context: bpy.types.Context, root: bpy.types.Object, facts: Mapping[str, 
         data = stage.new(bpy.data.cameras, f"{root.name} Photo")
         made = stage.new(bpy.data.objects, data.name, data)
         data.sensor_fit, data.angle = "VERTICAL", fov
-        image = scene.packed_image(stage, name, photo)
+        image = scene.packed_image(stage, data.name, photo, file)
         background = data.background_images.new()
         background.image, background.alpha, background.frame_method = image, OPACITY, "FIT"
         background.display_depth = "FRONT"

@@ -43,7 +43,7 @@ class FromPhoto:
     def _see(self, context: bpy.types.Context, root: bpy.types.Object, facts: Mapping[str, Any]) -> str:
         path = Path(self.photo)
         try:
-            camera.add(context, root, facts, path.read_bytes(), path.stem[:50])
+            camera.add(context, root, facts, path.read_bytes(), path.name)
         except OSError:
             return f"The person is here, but not the reference: {path.name} cannot be read any more"
         except BackendError as error:
@@ -233,7 +233,7 @@ class POPULACE_OT_photo_camera(bpy.types.Operator):
         path, root = Path(bpy.path.abspath(self.filepath)), active_human(context)
         try:
             _check([path])
-            camera.add(context, root, keeping.facts(root.populace.photo), path.read_bytes(), path.stem[:50])
+            camera.add(context, root, keeping.facts(root.populace.photo), path.read_bytes(), path.name)
         except (BackendError, OSError) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}

@@ -145,7 +145,7 @@ def test_the_camera_sees_what_the_photo_saw(photo: SimpleNamespace, tmp_path: Pa
     bpy.context.scene.unit_settings.scale_length = scale_length
     root = insert(photo, packet(100), location=(3.0 / scale_length, -2.0 / scale_length, 0.5 / scale_length))
     root.rotation_mode, root.rotation_euler.z = "XYZ", 0.7
-    made = photo.photo_camera.add(bpy.context, root, FACTS, shown(90), "me")
+    made = photo.photo_camera.add(bpy.context, root, FACTS, shown(90), "me.jpg")
     bpy.context.view_layer.update()
     scene = bpy.context.scene
     assert (scene.camera, scene.render.resolution_x, scene.render.resolution_y) == (made, *SIZE)
@@ -159,6 +159,7 @@ def test_the_camera_sees_what_the_photo_saw(photo: SimpleNamespace, tmp_path: Pa
         assert tuple(seen.xy) == pytest.approx(wanted, abs=1e-5)
     background = made.data.background_images[0]
     assert bytes(background.image.packed_file.data) == shown(90)
+    assert background.image.filepath == "//me.jpg"
     assert made.data.show_background_images
 
 
