@@ -67,10 +67,10 @@ def test_fakes_are_seen_by_the_folders_cameras_and_teach_every_layer(stage: Get3
     assert fakes.pictures.shape == (4, 4, 32, 32)
     known = angles(torch.from_numpy(np.stack([view.c2w for view in stage.pool.views])))
     assert float((fakes.cameras[:, None] - known).abs().sum(2).amin(1).max()) < 1e-6
-    mask = fakes.pictures[:, 3]
+    mask = fakes.pictures[:, 3].detach()
     assert float(mask.min()) >= 0
     assert float(mask.max()) <= 1
-    outside = fakes.pictures[:, :3].permute(0, 2, 3, 1)[mask == 0]
+    outside = fakes.pictures.detach()[:, :3].permute(0, 2, 3, 1)[mask == 0]
     assert torch.allclose(outside, torch.tensor(-1.0))  # the bias
     (fakes.pictures.square().sum() + fakes.shapes.cross).backward()
     noises = [name for name in stage.learned if "noise_strength" in name]
@@ -84,7 +84,7 @@ def test_a_shape_without_surface_learns_by_its_values_alone(stage: Get3dStage) -
     with torch.no_grad():
         layer.bias.fill_(50.0)
     fakes = stage.fakes(0, range(2))
-    assert float(fakes.shapes.empty) == pytest.approx(50, rel=0.1)
+    assert float(fakes.shapes.empty.detach()) == pytest.approx(50, rel=0.1)
     fakes.shapes.empty.backward()
     assert float(layer.bias.grad) > 0  # down, towards a change of sign
 
