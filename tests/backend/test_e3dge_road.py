@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,26 @@ def few_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "AVERAGE_OF", 1000)
 
 
+@functools.cache
 def network() -> E3dge:
-    """Untrained, but with a ball of a head: the distance is drawn to that of a sphere by a fit of the last layer."""
+    """Untrained, but its distance is about that of a ball: waves of the place that later layers hand on, summed."""
     torch.manual_seed(1)
     net = E3dge(TINY).eval()
     with torch.no_grad():
-        net.average(500, torch.randn(500, TINY.style_dim))
+        for layer in net.generator.style:
+            layer.weight.mul_(2)  # people differ
         generator = torch.Generator().manual_seed(2)
-        points = (torch.rand(1, 4000, 3, generator=generator) - 0.5) * 2 * HALF_SIDE
-        for layer in net.generator.field.pts_linears:  # rather slow waves
-            layer.gamma.bias.fill_(-1.5)
-        hidden = net.generator.field.hidden(points, net.w_avg.expand(1, TINY.rows, -1))[0]
-        ball = points[0].norm(dim=1, keepdim=True) - 0.07
+        first, *others = net.generator.field.pts_linears
+        for values in (first.weight, first.bias):
+            values.uniform_(-0.1, 0.1, generator=generator)
+        for layer in others:
+            layer.weight.copy_(torch.eye(TINY.width) / 30 + 0.001 * torch.randn(16, 16, generator=generator))
+            layer.bias.zero_()
+        net.average(500, torch.randn(500, TINY.style_dim, generator=generator))
+        points = (torch.rand(1, 2000, 3, generator=generator) - 0.5) * 2 * HALF_SIDE
+        rows = net.sample(torch.randn(20, TINY.style_dim, generator=generator), 0.7).renderer
+        hidden = net.generator.field.hidden(points.expand(20, -1, -1), rows).flatten(0, 1)
+        ball = points[0].norm(dim=1, keepdim=True).repeat(20, 1) - 0.07
         fit = torch.linalg.lstsq(torch.cat([hidden, torch.ones(len(hidden), 1)], 1), ball).solution
         net.generator.field.sigma_linear.weight.copy_(fit[:-1].T)
         net.generator.field.sigma_linear.bias.copy_(fit[-1])
@@ -171,7 +180,7 @@ def test_manifests_tell_sizes_sums_and_licence(home: Path) -> None:
         manifest = shipped[name]
         assert f"{file} ({size} bytes, MD5 {md5})" in manifest.obtain
         assert "ommercial" in manifest.licence_text
-        assert "not the file that its authors published" in weights.find(name, home).provenance
+        assert "not the file that its authors published" in weights.find(name, Settings.load().data_dir).provenance
     assert weight_files.licence_text(shipped["e3dge_directions"])
 
 

