@@ -74,8 +74,8 @@ def test_smaller_pictures_are_means_of_what_is_covered(folder: Path) -> None:
             found.smaller(size)
 
 
-def blank(folder: Path, mode: str = "RGBA", size: tuple[int, int] = (32, 32), color: int = 0) -> None:
-    Image.new(mode, size, color or None).save(folder / PICTURE)
+def blank(folder: Path, mode: str = "RGBA", size: tuple[int, int] = (32, 32), color: tuple[int, ...] = ()) -> None:
+    Image.new(mode, size, color or 0).save(folder / PICTURE)
 
 
 def cut(folder: Path, end: int) -> None:
@@ -107,7 +107,7 @@ SKEWED = [[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1.2], [0, 0, 0, 1]]
         (lambda f: change(f, lambda i: i["items"]["ball_001"].update(code=[1.0])), "codes of different length"),
         (lambda f: (f / PICTURE).unlink(), "a camera for ball_002/00.png, but there is no such file"),
         (lambda f: blank(f, "RGB"), "ball_002/00.png is of mode RGB.*no mask"),
-        (lambda f: blank(f, color=0xFFFFFFFF), "ball_002/00.png is opaque everywhere"),
+        (lambda f: blank(f, color=(9, 9, 9, 255)), "ball_002/00.png is opaque everywhere"),
         (lambda f: blank(f), "ball_002/00.png is empty"),
         (lambda f: blank(f, size=(16, 32)), "ball_002/00.png has 16 x 32 pixels, but .* 32 x 32"),
         (lambda f: (f / PICTURE).write_bytes(b"rubbish"), "ball_002/00.png cannot be read"),
