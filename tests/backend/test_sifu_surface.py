@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backend.families.capsule.model import CapsuleModel
-from backend.families.sifu.surface import coarse_to_fine, cube_mesh
+from backend.families.sifu.surface import coarse_to_fine, cube_mesh, levels_of
 from backend.geometry.clean import is_closed
 from backend.geometry.mesh import signed_volume
 from backend.protocol import PopulaceError
@@ -47,6 +47,13 @@ def test_few_points_are_asked_and_the_values_are_those_of_all() -> None:
     assert torch.equal(full[::2, ::2, ::2][near], truth[near])
     assert torch.equal(official[::2, ::2, ::2][near], truth[near])  # as fine as it is ever asked
     assert ((full > 0.5)[::2, ::2, ::2] == (truth > 0.5)).all()
+
+
+def test_grids_are_the_published_ones_and_small_ones_are_asked_wholly() -> None:
+    assert levels_of("official", 256) == [(8, 0), (4, 9), (2, 7), (1, 0)]
+    assert levels_of("full", 256) == [(4, 0), (2, 7), (1, 3)]
+    assert levels_of("official", 48) == levels_of("full", 48) == [(1, 0)]
+    assert levels_of("official", 512) == [(16, 0), (8, 9), (4, 7), (2, 3), (1, 0)]
 
 
 def test_axes_of_any_length() -> None:

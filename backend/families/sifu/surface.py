@@ -9,6 +9,7 @@ grid has 65 nodes, and the last one is asked too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -24,14 +25,22 @@ from backend.geometry.tetgrid import extract_surface
 
 Scheme = Literal["official", "full"]
 Ask = Callable[[Float[Tensor, "N 3"]], Float[Tensor, " N"]]
-LEVELS: dict[Scheme, tuple[tuple[int, int], ...]] = {
-    "official": ((8, 0), (4, 9), (2, 7), (1, 0)),
-    "full": ((4, 0), (2, 7), (1, 3)),
-}
-"""Per grid: every how manyth node of the finest one it has, and the side of the box by which the border is widened;
-0 after the first one: interpolated only."""
+COARSEST: dict[Scheme, int] = {"official": 32, "full": 64}  # cells of the first grid along the longest side, at least
+BOXES: dict[Scheme, tuple[int, ...]] = {"official": (9, 7, 3), "full": (7, 3)}
+"""Side of the box by which the border is widened on the second grid, the third, and all later ones."""
 INSIDE = 0.5
 PIECE = 1 << 15  # points between two looks at whether to stop
+
+
+def levels_of(scheme: Scheme, cells: int) -> list[tuple[int, int]]:
+    """Per grid every how manyth node of the finest one it has, and the side of the box by which the border is widened
+    (0: interpolated only). With 256 cells: 8, 4, 2, 1 for `official` and 4, 2, 1 for `full`."""
+    first = max(0, int(math.log2(max(cells / COARSEST[scheme], 1))))
+    boxes = BOXES[scheme]
+    found = [(1 << (first - i), 0 if i == 0 else boxes[min(i, len(boxes)) - 1]) for i in range(first + 1)]
+    if scheme == "official" and first:
+        found[-1] = (1, 0)
+    return found
 
 
 @torch.no_grad()
@@ -40,11 +49,12 @@ def coarse_to_fine(
 ) -> tuple[Float[Tensor, "X Y Z"], int]:
     """Occupancy at all nodes of three evenly spaced axes, and how many points were asked. Zero everywhere but on the
     coarsest grid's own nodes if no node of that one is inside."""
-    stride = LEVELS[scheme][0][0]
+    levels = levels_of(scheme, max(len(axis) for axis in axes) - 1)
+    stride = levels[0][0]
     longer = [_lengthened(axis, stride) for axis in axes]
     counts = [len(axis) for axis in longer]
     asked_in_all, values, asked = 0, torch.empty(0), torch.empty(0)
-    for level, (stride, box) in enumerate(LEVELS[scheme]):
+    for level, (stride, box) in enumerate(levels):
         own = [axis[::stride] for axis in longer]
         shape = tuple(len(axis) for axis in own)
         if level == 0:
@@ -67,7 +77,7 @@ def coarse_to_fine(
             at = index[begin : begin + PIECE]
             places = torch.stack([own[k][at[:, k]] for k in range(3)], 1)
             values[tuple(at.T)] = ask(places.to(axes[0])).float().cpu()
-            step("surface", (level + begin / len(index)) / len(LEVELS[scheme]))
+            step("surface", (level + begin / len(index)) / len(levels))
         if level == 0 and not (values > INSIDE).any():
             values = functional.interpolate(values[None, None], tuple(counts), mode="nearest-exact")[0, 0]
             break
