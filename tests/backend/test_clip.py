@@ -155,9 +155,9 @@ def test_pictures_go_where_the_texts_point() -> None:
     torch.manual_seed(0)
     net, generator = Coloured(TINY).eval().requires_grad_(False), taught()
     red, cyan = torch.tensor([[1]]), torch.tensor([[6]])
-    settings = adapt.Settings(part="texture", steps=24, batch=1, views=2, size=32, cells=10, rate=0.005)
+    settings = adapt.Settings(part="texture", steps=14, batch=1, views=2, size=32, cells=10, rate=0.005)
     made = adapt.adapt(generator, net, (cyan, red), settings)
-    assert np.mean(made.directions[-5:]) > 0.3 > made.directions[0]
+    assert np.mean(made.directions[-5:]) > 0.6 > made.directions[0]
     redness = []
     for g in (generator, made.generator):
         z = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def shown(azimuth: float = 1.0, size: int = 96) -> tuple[PersonPhoto, Tensor, Tensor]:
     """A photo of a shape of the generator's own off the photo's centre, and the shape's codes."""
     net = taught()
-    z = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(3))
+    z = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2))
     geo, tex = net.mapping_geo(z[0], 0.9), net.mapping(z[1], 0.9)
     decoded = net.synthesis(geo, tex)
     cameras = inversion.Cameras(torch.tensor([azimuth]), torch.tensor([0.3]), torch.tensor([[0.1, -0.05]]),
@@ -52,9 +52,9 @@ def shown(azimuth: float = 1.0, size: int = 96) -> tuple[PersonPhoto, Tensor, Te
 def test_the_fit_finds_what_the_generator_shows() -> None:
     photo, *_ = shown()
     told: list[float] = []
-    found = inversion.fit(taught(), [photo], 40, size=48, cells=20, step=lambda stage, done: told.append(done))
+    found = inversion.fit(taught(), [photo], 30, size=40, cells=14, step=lambda stage, done: told.append(done))
     assert min(found.losses) < 0.5 * found.losses[0]
-    assert found.scores["mask_iou"] > max(0.93, found.begun["mask_iou"])
+    assert found.scores["mask_iou"] > max(0.92, found.begun["mask_iou"] + 0.05)
     assert found.scores["psnr"] > found.begun["psnr"] + 5
     assert told == sorted(told)
     assert told[-1] == 1.0
@@ -63,7 +63,7 @@ def test_the_fit_finds_what_the_generator_shows() -> None:
 def test_the_model_encodes_and_the_camera_sees_the_object_where_the_photo_has_it() -> None:
     model = Get3dModel(taught(), CPU)
     photo, *_ = shown()
-    found = model.encode([photo], Inversion(steps=12))
+    found = model.encode([photo], Inversion(steps=3))
     assert set(found.scores) == {"mask_iou", "psnr"}
     field = model.decode(found.latents)[0]
     mesh = surfaces.Surfacer(taught().config, 20, CPU)(field.decoded)

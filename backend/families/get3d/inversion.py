@@ -52,8 +52,8 @@ class Rates:
     hull: float = 0.5
     near_mean: float = 1e-3
     surface: float = 1.0  # of the training's own regularisers
-    codes: float = 0.03
-    camera: float = 0.01
+    codes: float = 0.05
+    camera: float = 0.02
 
 
 @dataclass(frozen=True)
