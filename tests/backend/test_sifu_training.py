@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from backend import __main__ as cli
-from backend.families.sifu.config import Config
+from backend.families.sifu.config import Config, normal_sizes
 from backend.families.sifu.prior import SkinnedBody, rest_placed
 from backend.families.sifu.query import Answers, BodySpeaker, Query
 from backend.families.sifu.stages import Stages
@@ -120,6 +121,13 @@ def test_the_command_trains_on_sampled_people(tmp_path: Path) -> None:
                      "1", "--device", "cpu", "--resume", str(tmp_path / "run"), "--export", str(out)]) == 0  # fmt: skip
     stages = Stages.of_files(Weights("sifu", sha256_of(out), (out,)), torch.device("cpu"))
     assert stages.config == Config.tiny()
+    other = SifuStage(Config.small(), [], Settings(), 0).network.normal_filter
+    assert other is not None
+    strangers = tmp_path / "normals.safetensors"
+    save_file({f"normal_filter.{name}": tensor for name, tensor in other.state_dict().items()}, strangers,
+              normal_sizes(Config.small()))  # fmt: skip
+    both = Stages.of_files(Weights("sifu", "", (out, strangers)), torch.device("cpu"))
+    assert both.config == Config.tiny()  # imported normal networks of others do not take the place of its own
     assert len(list((tmp_path / "run" / "items_128").glob("*.safetensors"))) == 2
     figures = list((tmp_path / "run" / "figures").glob("*"))
     written = figures[0].stat().st_mtime_ns

@@ -31,6 +31,7 @@ from backend.families.sifu.transformer import ImageFilter, position_table
 from backend.protocol import PopulaceError
 from backend.weights import Weights, check_tensors
 
+NORMALS = "normal_filter."  # what names of the normal networks' tensors begin with
 LARGE = 4_000_000  # parameters from which on a stage is not kept
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -80,13 +81,15 @@ class Stages:
                 found, notes = packet.load_tensors(view)
             except ValueError as error:
                 raise _corrupt(weights.name, f"{path.name} is not a safetensors file: {error}") from None
+            if any(name.startswith(NORMALS) for name in arrays):
+                continue  # the main file has its own: imported ones are of other weights
             arrays |= found
             metadata |= notes
         try:
             config = from_metadata(metadata)
         except ValueError as error:
             raise _corrupt(weights.name, str(error)) from None
-        if not any(name.startswith("normal_filter.") for name in arrays):
+        if not any(name.startswith(NORMALS) for name in arrays):
             raise PopulaceError(
                 "weights_missing", f"The normal networks of {config.kind.upper()} are not here.",
                 f"They are in the authors' second file. Run: populace weights import {config.kind} normal.ckpt",
