@@ -32,6 +32,7 @@ TICK_BUDGET_S: Final = 0.010
 BUSY_INTERVAL_S: Final = 0.02
 ACTIVE_INTERVAL_S: Final = 0.1
 IDLE_INTERVAL_S: Final = 0.5
+BUSY_BLENDER_S: Final = 2.0  # between two ticks
 MODAL_PATIENCE_S: Final = 10.0
 _QUIET_ROUNDS: Final = 3
 
@@ -85,12 +86,23 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
         return found
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Its clock stands still while Blender is too busy to run it. Else whatever waits for an answer would give up at
+    once when Blender comes back, with the answer already there."""
+
+    lost_s = 0.0
+
+    def time(self) -> float:
+        return super().time() - self.lost_s
+
+
 class _Bridge:
     """The loop and the session of this Blender; made when first needed."""
 
     def __init__(self) -> None:
         self.selector = _Selector()
-        self.loop = asyncio.SelectorEventLoop(self.selector)
+        self.loop = _Loop(self.selector)
+        self.ran_at = time.perf_counter()
         self.session = Session(self.loop, preferences.python)
         self.drawn = -1  # the session's revision that the panels show
         self.hold = ""  # why results wait to be inserted
@@ -98,11 +110,15 @@ class _Bridge:
 
     def run_loop(self, budget_s: float) -> None:
         """Run what is ready, until the budget is spent or nothing happens any more."""
-        end, quiet = time.perf_counter() + budget_s, 0
+        now, quiet = time.perf_counter(), 0
+        end = now + budget_s
+        if now - self.ran_at > BUSY_BLENDER_S:
+            self.loop.lost_s += now - self.ran_at - IDLE_INTERVAL_S
         while quiet < _QUIET_ROUNDS and time.perf_counter() < end:
             self.loop.call_soon(self.loop.stop)
             self.loop.run_forever()
             quiet = quiet + 1 if self.selector.was_quiet else 0
+        self.ran_at = time.perf_counter()
 
     def close(self) -> None:
         self.loop.run_until_complete(self.session.close())

@@ -171,6 +171,22 @@ def test_insertion_is_one_named_undo_step(faked: SimpleNamespace, capfd: pytest.
     assert len(people(bpy)) == 1
 
 
+def test_a_busy_blender_does_not_lose_its_generator(faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Blender computes something for itself no tick comes. That is no silence of the generator."""
+    monkeypatch.setattr(faked.tasks, "BUSY_BLENDER_S", 0.5)
+    monkeypatch.setattr(faked.api, "STALL_TIMEOUT_S", 3.0)
+    faked.bpy.ops.populace.start_backend()
+    state = faked.tasks.session()
+    pump_until(faked, lambda: state.link is faked.session.Link.READY)
+    api, end = state._api, time.monotonic() + 0.2
+    pump_until(faked, lambda: time.monotonic() > end)
+    time.sleep(4.0)  # longer than the event stream may be silent
+    end = time.monotonic() + 0.3
+    pump_until(faked, lambda: time.monotonic() > end)
+    assert state.link is faked.session.Link.READY
+    assert state._api is api, "the same connection"
+
+
 def test_a_person_is_fetched_and_inserted_again_after_undo(faked: SimpleNamespace) -> None:
     bpy = faked.bpy
     before = counts(bpy)
@@ -342,9 +358,7 @@ def test_file_load_during_a_job_puts_the_person_into_the_new_file(faked: SimpleN
     assert faked.tasks.session().link is faked.session.Link.READY, "the backend survives loading a file"
 
 
-def test_failing_insertion_is_told_and_the_next_works(
-    faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_insertion_is_told_and_the_next_works(faked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise MemoryError("no room")
 
