@@ -41,7 +41,10 @@ GRID = 72  # cells of the surface that is fitted
 TOPOLOGY = 12  # steps between two searches for the outline's and the light's unknowns
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
 GAIN = 3.5  # largest log of what a palette is multiplied by at once
-PRIORS = {"shape": 0.004, "joints": 0.6, "turn": 0.5, "shift": 0.5}
+PRIORS = {"shape": 0.004, "pose": 3e-3}
+DOUBTS = {"upperarm": 0.3, "lowerarm": 0.35, "hand": 0.2, "thigh": 0.12, "calf": 0.12, "foot": 0.12, "head": 0.15}
+"""Radians by which the encoder errs about each joint (one standard deviation), the others by 0.07."""
+DOUBT_TURN = 0.1
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Body:
         self.parents = model.parents
         self.at = [model.bones.index(name) for name in JOINTS]
         self.pelvis = model.bones.index("pelvis")
+        self.doubts = torch.tensor([[DOUBTS.get(name.removesuffix("_l").removesuffix("_r"), 0.07)] for name in JOINTS])
 
     def rest(self, surface: Surface, w: Float[Tensor, "1 W"]) -> tuple[Float[Tensor, "V 3"], Float[Tensor, "J 3"]]:
         """Vertices in person space and heads of the bones."""
@@ -281,7 +285,8 @@ class Fit:
                 rotations, place = self._moved(sitting, turns[n], moves[n])
                 clip, vertices = self.clip(sitting, self.codes["body/shape"] + shape, rotations, place)
                 total = total + self.difference(n, self.draw(sitting, clip, vertices, size)) / len(self.sittings)
-                total = total + PRIORS["joints"] * (turns[n] ** 2).mean() + PRIORS["turn"] * (moves[n][:3] ** 2).mean()
+                doubt = ((turns[n] / self.body.doubts) ** 2).sum() + ((moves[n][:3] / DOUBT_TURN) ** 2).sum()
+                total = total + PRIORS["pose"] * doubt
             if float(total.detach()) < best:
                 best = float(total.detach())
                 kept = (shape.detach().clone(), *([x.detach().clone() for x in xs] for xs in (turns, moves)))
