@@ -32,7 +32,7 @@ from backend.geometry.simplify import simplify
 from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.packet import HumanAsset, Part, RigArrays
-from backend.photo import people_in
+from backend.photo import hidden, people_in
 from backend.photo.album import Images
 from backend.poses import own_rows
 from backend.protocol import GenerateRequest, PopulaceError
@@ -72,6 +72,7 @@ def generate(
     with clock.stage("sample"):
         maps = people_in.maps_of(request, images)
         latents = choose_latents(request, model, maps, None if seen is None else seen.encoded.latents)
+        painters = hidden.editors(request, model.device) if latents.maps else []
     with clock.stage("decode"):
         chosen = families.of_decoding(request.family, request.parameters) if request.parameters else {}
         fields = model.decode(latents, separate=request.separate, **chosen)
@@ -103,6 +104,9 @@ def generate(
             with clock.stage("bake"):
                 textures = bake(field, mesh, flat, size, clock.step, pbr=request.maps == "pbr")
                 made.append((field, lod, flat, textures))
+    if painters:
+        with clock.stage("refine"):
+            made = hidden.paint(made, model, latents, request.separate, painters, clock.step)
     with clock.stage("shape keys"):
         meshes = [(field, mesh) for field, _, mesh, _ in made]
         keys = shape_keys.make(request.shape_keys, latents, model, meshes, request.separate, clock.step)
@@ -251,6 +255,7 @@ class _Clock:
         """`before`: shares of stages that come before all others and take them from the whole."""
         self._report = step
         self._shares = {name: share * (1 - sum(before.values())) for name, share in STAGES.items()} | dict(before)
+        self._shares["refine"] = 0.0  # seldom, and as long as a diffusion model takes
         self._stage = ""
         self._share = 0.0  # of the current stage in the whole
         self._done = 0.0  # what all finished stages made up

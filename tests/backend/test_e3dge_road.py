@@ -320,6 +320,9 @@ def test_the_photos_pixels_are_on_the_surface(model: E3dgeModel) -> None:
     behind = along[400 - 1 - int((head.sdf(along.flip(0)) < 0).float().argmax())][None]
     own = looks.own_color(head.field, head.codes.renderer, behind / METRES)
     torch.testing.assert_close(head.color(behind), own, atol=0.02, rtol=0)
+    assert head.shown(first) > 0.5
+    assert head.shown(behind) == 0
+    assert plain.shown(first) == 0
 
 
 def test_an_inverted_person_goes_down_the_road_again(model: E3dgeModel) -> None:

@@ -49,7 +49,7 @@ def test_one_photo_is_overfitted_by_the_encoder(net: E3dge) -> None:
     pair = training.pairs(net, 2, random(3))
     learner = Learner(net, "1", rate=2e-3)
     codes = [learner.step(pair, random(1))["codes"] for _ in range(30)]
-    assert codes[-1] < 0.5 * codes[0]
+    assert codes[-1] < 0.75 * codes[0]
 
 
 def test_swapping_both_views_and_back_gives_the_same_loss(net: E3dge) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backend.photo import diffusion, refine
+from backend.families.base import Latents
+from backend.geometry.mesh import Textures
+from backend.photo import diffusion, hidden, refine
 from backend.photo.diffusion import DiffusionEditor, JointAttention, attending_to_all
 from backend.photo.refine import Painted
 from backend.protocol import PopulaceError
@@ -90,6 +92,42 @@ def test_views_are_painted_together_and_only_where_the_photo_saw_nothing() -> No
     assert len({generator.initial_seed() for generator in pipeline.asked["generator"]}) == 1
 
 
+class PhotographedField:
+    """Half of what it shows comes from a map, where z > 0."""
+
+    name = "body"
+
+    def __init__(self, maps: dict[str, Tensor]) -> None:
+        self.pixel = next(iter(maps.values()))[0, 0, :3] / 255 if maps else None
+
+    def color(self, points: Tensor) -> Tensor:
+        believed = torch.full_like(points, 0.4)
+        if self.pixel is None:
+            return believed
+        weight = (points[:, 2:] > 0).float()
+        return believed + weight * (self.pixel - believed)
+
+
+class PhotographedModel:
+    def decode(self, latents: Latents, separate: bool = False) -> list[Any]:
+        return [PhotographedField(dict(latents.maps))]
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_baked_textures_are_painted_where_no_photo_saw(maps: bool) -> None:
+    photo = torch.tensor([200, 100, 50, 255], dtype=torch.uint8).expand(4, 4, 4)
+    latents = Latents("any", {"body/tex": torch.zeros(1, 1)}, {"body/photo": photo} if maps else {})
+    field = PhotographedField(dict(latents.maps))
+    color = (field.color(CHART.points.reshape(-1, 3)) * 255 + 0.5).to(torch.uint8).view(TEXELS, TEXELS, 3)
+    editor = DiffusionEditor(Pipeline(), size=64)
+    made: list[Any] = [(field, 0, MESH, Textures(color))]
+    ((_, _, _, found),) = hidden.paint(made, PhotographedModel(), latents, False, [editor])  # type: ignore[arg-type]
+    front, behind = (CHART.covered & (CHART.points[..., 2] * side > 0.02) for side in (1, -1))
+    assert torch.equal(found.base_color[front], color[front])
+    painted = found.base_color[behind].float().median(0).values.tolist()
+    assert painted == pytest.approx([153, 102, 102] if maps else [102, 102, 102], abs=2)
+
+
 def test_processors_come_back_after_a_failure() -> None:
     unet = Unet()
     with pytest.raises(KeyError), attending_to_all(unet, 2):
@@ -124,9 +162,10 @@ def random_pipeline(folder: Path) -> None:
     )  # fmt: skip
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=400,
+        bos_token_id=188, eos_token_id=189, pad_token_id=189,
     ))  # fmt: skip
     words = folder.parent / "words"
-    words.mkdir()
+    words.mkdir(parents=True)
     letters = [chr(c) for c in range(33, 127)]
     vocabulary = {token: i for i, token in enumerate(
         [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"])}  # fmt: skip
@@ -134,7 +173,7 @@ def random_pipeline(folder: Path) -> None:
 
     (words / "vocab.json").write_text(json.dumps(vocabulary))
     (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"))
+    tokenizer = transformers.CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=77)
     diffusers.StableDiffusionImg2ImgPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

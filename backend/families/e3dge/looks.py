@@ -80,6 +80,14 @@ class Looks:
         found = [self._color(chunk) for chunk in points.split(CHUNK)]
         return torch.cat(found) if found else points
 
+    @torch.no_grad()
+    def shown(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """How far the colours at points are the photo's own pixels, 0..1."""
+        weights = [picture.read(points)[1][:, 0] for picture in self.pictures]
+        others = OWN + torch.stack(weights[: len(ANGLES)]).sum(0)
+        mine = weights[len(ANGLES)] if len(weights) > len(ANGLES) else torch.zeros_like(others)
+        return mine / (mine + others)
+
     def _color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         own = own_color(self.field, self.ws, points)
         total, weights = OWN * own, torch.full_like(points[:, :1], OWN)

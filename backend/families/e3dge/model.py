@@ -235,6 +235,10 @@ class Head:
     def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return self._looks.color(points / METRES)
 
+    def shown(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """How far colours are the photo's, see `photo.hidden`."""
+        return self._looks.shown(points / METRES)
+
     def material(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 2"]:
         return points.new_tensor([ROUGHNESS, 0.0]).expand(len(points), 2)
 
