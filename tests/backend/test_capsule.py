@@ -97,7 +97,7 @@ def test_attributes_are_exact_and_independent(seed):
     said = MODEL.describe(before)
     (one,) = MODEL.decode(before)
     assert said["height_m"] == pytest.approx(float((one.ends[..., 1] + one.radii).max()), abs=1e-6)
-    assert said["top_color"] == pytest.approx(one._palette[REGIONS.index("torso"), 0].tolist(), abs=1e-6)
+    assert said["top_color"] == pytest.approx(one.palette[REGIONS.index("torso"), 0].tolist(), abs=1e-6)
     wanted = {"height_m": 1.95, "weight": 0.9, "top_color": [0.75, 0.5, 0.0], "bottom_color": [0.125, 0.25, 1.0]}
     for name, value in wanted.items():
         after = MODEL.describe(MODEL.edit(before, {name: value}))

@@ -20,13 +20,14 @@ from backend import checks, families, latents, packet, pipeline, poses
 from backend.batch import plan, results
 from backend.families.base import Encoded, Latents, PersonPhoto
 from backend.families.capsule.model import CapsuleModel
+from backend.families.capsule.photo import flattened
 from backend.photo.album import Album
 from backend.protocol import Inversion, PopulaceError, parse_request
 
 MODEL = CapsuleModel(torch.device("cpu"))
 SMALL = {"family": "capsule", "grid_resolution": 40, "faces": 1500, "texture_size": 512, "maps": "color"}
 QUICK = {"steps": 7}
-TALL = 220  # pixels
+TALL = 160  # pixels
 
 
 def person_of(seed: int) -> Latents:
@@ -36,16 +37,14 @@ def person_of(seed: int) -> Latents:
 
 def picture(who: Latents, tall: int = TALL, lean: float = 0.0) -> Image.Image:
     """RGBA as seen from far in front, flat colours; `lean` in degrees to the left."""
-    field = MODEL.decode(who)[0]
+    field = flattened(MODEL.decode(who)[0])
     low, high = field.bounds
     scale = float(high[1] - low[1]) / tall
     x, y = torch.arange(float(low[0]), float(high[0]), scale), torch.arange(float(high[1]), float(low[1]), -scale)
-    z = torch.linspace(float(high[2]), float(low[2]), 24)
-    points = torch.stack(torch.meshgrid(y, x, z, indexing="ij"), -1)[..., [1, 0, 2]]
-    inside = field.sdf(points.reshape(-1, 3)).reshape(points.shape[:3]) < 0
-    first = points.gather(2, inside.int().argmax(2)[..., None, None].expand(-1, -1, 1, 3))[:, :, 0]
-    rgb = field.color(first.reshape(-1, 3)).reshape(first.shape)
-    rgba = torch.cat([rgb, inside.any(2)[..., None]], 2)
+    points = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x)), torch.zeros(len(y), len(x))], -1)
+    inside = (field.sdf(points.reshape(-1, 3)) < 0).reshape(len(y), len(x), 1)
+    rgb = field.color(points.reshape(-1, 3)).reshape(len(y), len(x), 3)
+    rgba = torch.cat([rgb, inside], 2)
     image = Image.new("RGBA", (len(x) + 120, len(y) + 100))
     image.paste(Image.fromarray((rgba.numpy() * 255 + 0.5).astype(np.uint8)), (70, 40))
     return image.rotate(lean, Image.Resampling.BICUBIC)
@@ -90,7 +89,7 @@ def encode(image: Image.Image, **options: Any) -> Encoded:
 
 def test_the_capsule_family_finds_sizes_colours_and_lean() -> None:
     who = person_of(3)
-    glance, fitted = (encode(picture(who), steps=steps) for steps in (0, 42))
+    glance, fitted = (encode(picture(who), steps=steps) for steps in (0, 28))
     assert fitted.scores["mask_iou"] > max(0.85, glance.scores["mask_iou"] + 0.05)
     true, found = (MODEL.describe(p) for p in (who, fitted.latents))
     assert found["pattern"] == "plain"
@@ -119,7 +118,7 @@ def test_a_photo_can_be_cancelled_at_every_stage(album: Album) -> None:
             if stage == stop:
                 raise PopulaceError("cancelled", "The job was cancelled.")
 
-        request = parse_request({**SMALL, "photos": [{"image": album.add(PHOTO)}] * 2})
+        request = parse_request({**SMALL, "inversion": QUICK, "photos": [{"image": album.add(PHOTO)}] * 2})
         with pytest.raises(PopulaceError, match=r"^The job was cancelled"):
             pipeline.generate(request, MODEL, step, album)
 
@@ -237,10 +236,6 @@ def test_what_photos_cannot_do(album: Album) -> None:
         pipeline.generate(parse_request({**SMALL, "photos": photos}), MODEL)
     assert caught.value.code == "image_missing"
     rows = {name: code.tolist() for name, code in person_of(1).codes.items()}
-    with pytest.raises(PopulaceError, match="no part 'hat'"):
-        checks.check(
-            parse_request({**SMALL, "latents": {**rows, "hat/tex": [[0.0]]}, "latent_maps": {"hat/photo": "a" * 64}})
-        )
     with pytest.raises(PopulaceError) as caught:
         make(album, latents=rows, latent_maps={"body/photo": album.add(file(Image.new("RGB", (64, 64))))})
     assert caught.value.code == "invalid_latents"

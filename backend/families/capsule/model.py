@@ -153,8 +153,8 @@ class CapsuleField:
         self.rig = rig
         self.ends = torch.tensor(ends, dtype=torch.float32, device=device)
         self.radii = torch.tensor(radii, dtype=torch.float32, device=device)
-        self._regions = torch.tensor(regions, device=device)
-        self._palette = palette
+        self.regions = torch.tensor(regions, device=device)
+        self.palette = palette
         self._photo = None if photo is None else photo.to(device).float() / 255
         reach = self.radii[..., None]
         self.bounds = torch.stack([(self.ends - reach).amin((0, 1)), (self.ends + reach).amax((0, 1))])
@@ -179,13 +179,13 @@ class CapsuleField:
         return torch.cat([self._distances(chunk).argmin(1) for chunk in points.split(_CHUNK)])
 
     def region(self, points: Float[Tensor, "N 3"]) -> Int[Tensor, " N"]:
-        return self._regions[self._nearest(points)]
+        return self.regions[self._nearest(points)]
 
     def color(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Level stripes in two colours per region; in front what a photo showed."""
         stripe = torch.floor(points[:, 1] / STRIPE_M).long() % 2
         nearest = self._nearest(points)
-        colors = self._palette[self._regions[nearest], stripe]
+        colors = self.palette[self.regions[nearest], stripe]
         if self._photo is None:
             return colors
         rows, columns = self._photo.shape[:2]

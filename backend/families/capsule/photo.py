@@ -23,7 +23,7 @@ from backend.protocol import Inversion
 if TYPE_CHECKING:
     from backend.families.capsule.model import CapsuleField, CapsuleModel
 
-ROWS = 32  # of the silhouettes that are compared
+ROWS = 48  # of the silhouettes that are compared
 FOV = math.radians(45)  # along the longer side of a photo
 MAP_SIZE = (256, 256)  # of the photo's map: the person's height upwards, as much sideways
 _FIRST_STEP = 0.8  # of the search, in codes
@@ -37,7 +37,7 @@ def encode(model: CapsuleModel, photos: Sequence[PersonPhoto], options: Inversio
     upright = [_upright(photo, lean) for photo, lean in zip(photos, leans, strict=True)]
     masks = [_silhouette(cut) for cut in upright]
     shape = np.zeros(_codes(model))
-    begin, delta, axis = time.monotonic(), _FIRST_STEP, 0
+    begin, delta, axis, is_better = time.monotonic(), _FIRST_STEP, 0, False
     best = _likeness(model, shape, masks)
     for i in range(options.steps):
         step("fit", i / options.steps)
@@ -50,9 +50,10 @@ def encode(model: CapsuleModel, photos: Sequence[PersonPhoto], options: Inversio
             tries.append((_likeness(model, moved, masks), moved))
         found, moved = max(tries, key=lambda pair: pair[0])
         if found > best:
-            best, shape = found, moved
+            best, shape, is_better = found, moved, True
         axis = (axis + 1) % (len(shape) - 1)
-        delta *= 0.5 if axis == 0 else 1.0
+        if axis == 0:
+            delta, is_better = delta * (1.0 if is_better else 0.5), False
     step("project", 0.0)
     field = _field(model, shape)
     height = float(field.ends[..., 1].max() + field.radii.max())
@@ -102,18 +103,25 @@ def _silhouette(cut: UInt8[np.ndarray, "h w 4"]) -> Bool[np.ndarray, "R C"]:
     return np.asarray(Image.fromarray(cut[:, :, 3]).resize((columns, ROWS), Image.Resampling.BOX)) > 127
 
 
+def flattened(field: CapsuleField) -> CapsuleField:
+    """Pressed onto the plane z = 0, where it is its own silhouette: that of a rounded cone is one of the same radii."""
+    from backend.families.capsule.model import CapsuleField
+
+    flat = (field.ends * torch.tensor([1.0, 1.0, 0.0]).to(field.ends)).cpu().numpy()
+    return CapsuleField(flat, field.radii.cpu().numpy(), field.regions.cpu().numpy(), None, field.palette)
+
+
 def _likeness(model: CapsuleModel, shape: Float[np.ndarray, " S"], masks: Sequence[np.ndarray]) -> float:
     """Mean intersection over union of the capsules' silhouette, seen from far in front, with the photos'."""
-    field = _field(model, shape)
-    low, high = field.bounds.cpu() - torch.tensor([[-0.03], [0.03]])
+    field = flattened(_field(model, shape))
+    high = field.bounds[1].cpu() - 0.03
     height = float(high[1])
     half = max(*(mask.shape[1] / 2 for mask in masks), ROWS * float(high[0]) / height)
     count = 2 * math.ceil(half) + 1
     x = (torch.arange(count) - count // 2) * height / ROWS
     y = height * (1 - (torch.arange(ROWS) + 0.5) / ROWS)
-    z = torch.linspace(float(low[2]), float(high[2]), 5)
-    points = torch.stack(torch.meshgrid(y, x, z, indexing="ij"), -1)[..., [1, 0, 2]].reshape(-1, 3)
-    mine = (field.sdf(points.to(model.device)).reshape(ROWS, count, len(z)).amin(2) < 0).cpu().numpy()
+    points = torch.stack([x.expand(ROWS, -1), y[:, None].expand(-1, count), torch.zeros(ROWS, count)], -1)
+    mine = (field.sdf(points.reshape(-1, 3).to(model.device)) < 0).reshape(ROWS, count).cpu().numpy()
     scores = []
     for mask in masks:
         whole = np.zeros((ROWS, count), bool)
