@@ -11,9 +11,10 @@ _PARTS = ("hair", "top", "bottom", "shoes", "accessory")
 INFO = FamilyInfo(
     name="people",
     title="People",
-    description="Clothed, haired, rigged adults, composed of parts. Weights are embedded.",
-    inputs=("seed",),
+    description="Clothed, haired, rigged adults, composed of parts, from seeds or photos. Weights are embedded.",
+    inputs=("seed", "image"),
     weights="people",
+    readers=("people_encoder",),
     licence="CC0-1.0",
     attributes=(
         Attribute("sex", "Female to male", "number"),
