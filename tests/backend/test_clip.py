@@ -74,6 +74,7 @@ def normed(x: np.ndarray, layer: torch.nn.LayerNorm) -> np.ndarray:
 
 def slow_layer(x: np.ndarray, layer: clips.Layer, causal: bool) -> np.ndarray:
     """[N, C], head by head and token by token."""
+
     def linear(part: torch.nn.Linear, y: np.ndarray) -> np.ndarray:
         return y @ part.weight.numpy().T + part.bias.numpy()
 
@@ -104,7 +105,7 @@ def test_the_towers_are_their_equations() -> None:
     expected = normed(x, t.final_layer_norm)[3] @ net.text_projection.weight.numpy().T
     assert np.allclose(net.of_texts(tokens)[0].numpy(), expected / np.linalg.norm(expected), atol=1e-12)
     picture = torch.rand(1, 3, 8, 8, dtype=torch.float64)
-    scaled = ((picture[0].numpy() - np.array(clips.MEAN)[:, None, None]) / np.array(clips.DEVIATION)[:, None, None])
+    scaled = (picture[0].numpy() - np.array(clips.MEAN)[:, None, None]) / np.array(clips.DEVIATION)[:, None, None]
     v = net.vision_model
     kernel = v.embeddings.patch_embedding.weight.numpy()
     patches = [(kernel * scaled[:, i : i + 4, j : j + 4]).sum((1, 2, 3)) for i in (0, 4) for j in (0, 4)]

@@ -89,7 +89,7 @@ def test_no_steps_give_the_mean_shape_and_time_ends_a_fit() -> None:
 
 def test_a_photo_goes_the_whole_road_and_the_packet_makes_the_object_again() -> None:
     model, album, out = Get3dModel(taught(), CPU), Album(), io.BytesIO()
-    Image.fromarray(shown()[0].rgba).save(out, "PNG")
+    Image.fromarray(shown(size=256)[0].rgba).save(out, "PNG")
     asked = {"family": "get3d", "grid_resolution": 24, "faces": 600, "texture_size": 512, "maps": "color"}
     photos = {"photos": [{"image": album.add(out.getvalue())}], "inversion": {"steps": 2}}
     stages: list[str] = []

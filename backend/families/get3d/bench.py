@@ -45,8 +45,12 @@ def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
     if model.device.type == "cuda":
         steps.insert(2, ("synthesis in bfloat16, as a graph",
                          lambda: fast(codes["body/shape"][None], codes["body/tex"][None]), repeat))  # fmt: skip
-    ways = (("surface", extract_surface, repeat), ("plain marching", reference.extract_dense, 1),
-            ("flexicubes", flexicubes.extract_surface, repeat), ("plain flexicubes", reference.extract_dual_dense, 1))
+    ways = (
+        ("surface", extract_surface, repeat),
+        ("plain marching", reference.extract_dense, 1),
+        ("flexicubes", flexicubes.extract_surface, repeat),
+        ("plain flexicubes", reference.extract_dual_dense, 1),
+    )
     for grid in GRIDS:
         steps += [(f"{name} at {grid}", lambda way=way, grid=grid: way(field, grid), times)
                   for name, way, times in ways]  # fmt: skip

@@ -34,9 +34,7 @@ class _Recorded:
 class FastSynthesis:
     """Codes to fields as `Synthesis` does, without gradients. `graphs` is left to itself on CUDA and nowhere else."""
 
-    def __init__(
-        self, synthesis: Synthesis, dtype: torch.dtype = torch.bfloat16, graphs: bool | None = None
-    ) -> None:
+    def __init__(self, synthesis: Synthesis, dtype: torch.dtype = torch.bfloat16, graphs: bool | None = None) -> None:
         self.synthesis, self.dtype = synthesis, dtype
         self.device = next(synthesis.parameters()).device
         self.graphs = self.device.type == "cuda" if graphs is None else graphs

@@ -71,9 +71,7 @@ class Get3dModel:
         return codes
 
     @torch.enable_grad()
-    def encode(
-        self, photos: Sequence[PersonPhoto], options: Inversion | None = None, step: Step = no_step
-    ) -> Encoded:
+    def encode(self, photos: Sequence[PersonPhoto], options: Inversion | None = None, step: Step = no_step) -> Encoded:
         """Rows of w for the object in these photos, by descent (see `inversion`). There is no encoder: with 0 steps it
         is the mean shape. The camera is in metres about the object's middle, as the field is."""
         options = options or Inversion()
@@ -98,9 +96,7 @@ class Get3dModel:
         return lambda a, b: net.distance((a + 1) / 2, (b + 1) / 2)
 
     @torch.no_grad()
-    def decode(
-        self, latents: Latents, separate: bool = False, surface: Surface | None = None
-    ) -> Sequence[Get3dField]:
+    def decode(self, latents: Latents, separate: bool = False, surface: Surface | None = None) -> Sequence[Get3dField]:
         """One field, "object". `surface` says how it becomes triangles; left to itself as in the weights' training.
         Raises `invalid_latents`, and `empty_surface` for a shape without a surface."""
         width = self.config.w_dim
@@ -232,9 +228,7 @@ class DualField(Get3dField):
         """As `tetgrid.extract_surface`, by which the pipeline goes where a field has no way of its own."""
         return flexicubes.extract_surface(self, grid_resolution, step)
 
-    def cube_weights(
-        self, points: Float[Tensor, "U 3"], corners: Int[Tensor, "C 8"]
-    ) -> Float[Tensor, "C 21"] | None:
+    def cube_weights(self, points: Float[Tensor, "U 3"], corners: Int[Tensor, "C 8"]) -> Float[Tensor, "C 21"] | None:
         """Learned ones if the generator was made for FlexiCubes."""
         if self.decoded.synthesis.config.surface != "flexicubes":
             return None

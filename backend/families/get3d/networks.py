@@ -241,13 +241,9 @@ class Generator(nn.Module):
         truncation_psi: float = 1.0,
         noise_mode: NoiseMode = "const",
     ) -> Decoded:
-        return self.synthesis(
-            self.mapping_geo(z_geo, truncation_psi), self.mapping(z_tex, truncation_psi), noise_mode
-        )
+        return self.synthesis(self.mapping_geo(z_geo, truncation_psi), self.mapping(z_tex, truncation_psi), noise_mode)
 
 
-def mixed_rows(
-    ws: Float[Tensor, "B L W"], other: Float[Tensor, "B L W"], cut: int
-) -> Float[Tensor, "B L W"]:
+def mixed_rows(ws: Float[Tensor, "B L W"], other: Float[Tensor, "B L W"], cut: int) -> Float[Tensor, "B L W"]:
     """Style mixing: rows from `cut` on are the other's. Coarse rows say shape, late ones detail."""
     return torch.cat([ws[:, :cut], other[:, cut:]], 1)
