@@ -20,7 +20,7 @@ import numpy as np
 from . import tasks
 from .messages import BackendError, Request
 from .scene import Batch
-from .session import Job, Link
+from .session import Job, Link, Session
 
 WARM_SHARE: Final = 0.2  # of the cycles: until then allocators and caches of Blender still grow
 _KINDS: Final = ("objects", "meshes", "materials", "images", "armatures", "collections", "node_groups", "actions",
@@ -41,6 +41,10 @@ class Stopwatch:
         self.cpu.append((time.thread_time() - cpu) * 1000)
         return result
 
+    def give_last_to(self, other: Stopwatch) -> None:
+        other.wall.append(self.wall.pop())
+        other.cpu.append(self.cpu.pop())
+
     def summary(self) -> dict[str, Any]:
         if not self.wall:
             return {"count": 0}
@@ -53,8 +57,8 @@ class Stopwatch:
 def run(request: Request, people: int, cycles: int) -> dict[str, Any]:
     """Make that many people from the request's seed on, then insert, undo, redo and undo the last one `cycles` times.
     Raises `BackendError` when one of them cannot be made."""
-    starting, waiting, inserting = Stopwatch(), Stopwatch(), Stopwatch()
-    state = tasks.working_session()
+    starting, waiting, arriving, inserting = (Stopwatch() for _ in range(4))
+    state, insert, humans = tasks.working_session(), tasks._insert, []
     state.connect()
     while state.link is Link.STARTING:
         time.sleep(starting.run(tasks._tick))
@@ -63,20 +67,31 @@ def run(request: Request, people: int, cycles: int) -> dict[str, Any]:
     began = time.monotonic()
     tasks.submit([replace(request, seed=request.seed + i) for i in range(people)], Batch("Bench", people, (0, 0, 0)))
     jobs = [job for job in state.jobs.values() if isinstance(job.tag, tasks.InBatch)]
-    human = None
-    while not all(job.taken or job.status.state in ("failed", "cancelled") for job in jobs):
-        human = next((job.human for job in state.arrived), human)
-        watch = inserting if state.arrived else waiting
-        time.sleep(watch.run(tasks._tick))
+
+    def watched(working: Session, job: Job) -> None:
+        humans[:] = [job.human]
+        inserting.run(insert, working, job)
+
+    tasks._insert = watched
+    try:
+        while not all(job.taken or job.status.state in ("failed", "cancelled") for job in jobs):
+            done = len(inserting.wall)
+            pause_s = waiting.run(tasks._tick)
+            if len(inserting.wall) > done:
+                waiting.give_last_to(arriving)
+            time.sleep(pause_s)
+    finally:
+        tasks._insert = insert
     made_s = time.monotonic() - began
     for job in jobs:
         if not job.taken or job.status.state == "failed":
             raise job.status.error or BackendError("cancelled", "A person was cancelled.")
     found = {
         "people": people, "seconds": round(made_s, 2), "ticks_starting": starting.summary(),
-        "ticks_working": waiting.summary(), "ticks_inserting": inserting.summary(),
+        "ticks_working": waiting.summary(), "ticks_inserting": arriving.summary(),
+        "insertions": inserting.summary(),
     }  # fmt: skip
-    return found | ({"cycles": _cycles(state, jobs[-1], human, cycles)} if cycles else {})
+    return found | ({"cycles": _cycles(state, jobs[-1], humans[0], cycles)} if cycles else {})
 
 
 def _cycles(state: Any, job: Job, human: Any, count: int) -> dict[str, Any]:

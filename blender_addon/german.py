@@ -559,4 +559,5 @@ GERMAN: Final = {
     "This human was not made from a photo": "Diese Person entstand nicht aus einem Foto",
     "Photos dropped on a 3D view.": "Auf eine 3D-Ansicht gezogene Fotos.",
     "{n} photos of one person": "{n} Fotos einer Person",
+    "and": "und",
 }

@@ -141,6 +141,7 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
     build = BUILDS[name]
     torch_index, package_index = preferences.indexes()
     hosts = dict.fromkeys(_host(address) for address in (torch_index or build.index, package_index))
+    sources = f" {told('and')} ".join(hosts)
     python = told("Blender's own") if plan["python"] == sys.executable else masked(plan["python"])
     needs = build.download_bytes + build.installed_bytes + plan["spare_bytes"]
     rows = [
@@ -148,7 +149,7 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
             "Installs",
             told("Populace {version} with PyTorch, {build}", version=plan["version"], build=told(build.title)),
         ),
-        ("Download", told("About {size} from {hosts}", size=gigabytes(build.download_bytes), hosts=", ".join(hosts))),
+        ("Download", told("About {size} from {hosts}", size=gigabytes(build.download_bytes), hosts=sources)),
         (
             "Disk",
             told(
