@@ -96,7 +96,7 @@ def test_a_photo_goes_the_whole_road_and_the_packet_makes_the_object_again() -> 
     made, _ = pipeline.generate(parse_request({**asked, **photos}), model, lambda stage, _: stages.append(stage), album)
     assert made.meta["stats"]["closed"]
     assert set(made.meta["photo"]["scores"]) == {"mask_iou", "psnr"}
-    assert "invert" in stages
+    assert "fit" in stages
     again, _ = pipeline.generate(
         parse_request({**asked, "latents": {name: code.tolist() for name, code in made.latents.items()}}), model
     )
