@@ -308,5 +308,5 @@ def test_populace_invert_makes_a_rigged_person(tmp_path: Path, monkeypatch: pyte
     told = json.loads(glb[20 : 20 + int.from_bytes(glb[12:16], "little")])
     assert len(told["skins"][0]["joints"]) > 20
     assert told["meshes"]
-    with pytest.raises(PopulaceError, match="from photos, not from seeds"):
+    with pytest.raises(PopulaceError, match="makes people from photos"):
         pipeline.generate(parse_request({"family": "sifu", "seed": 1}), families.load("sifu", "cpu", Settings.load()))
