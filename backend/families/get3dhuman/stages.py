@@ -178,11 +178,12 @@ class Priors:
         missing = [item for item in dict.fromkeys(i.name for i in items) if item not in self._kept]
         by_name = {item.name: item for item in items}
         fresh: dict[str, tuple[Tensor, ...]] = {}
-        if missing:
-            seen = self.people.seen([by_name[name] for name in missing]).to(self.device)
+        for name in missing:  # one by one: bits must not depend on company, or resumed runs would differ
+            seen = self.people.seen([by_name[name]]).to(self.device)
             prior = self.teacher(seen.picture, seen.mask)
             parts = (prior.mask, prior.normal, prior.depth, prior.shape_volume, prior.texture_volume)
-            fresh = {name: tuple(part[i].cpu() for part in parts) for i, name in enumerate(missing)}
+            fresh[name] = tuple(part[0].cpu() for part in parts)
+        if fresh:
             self._kept |= dict(list(fresh.items())[: max(0, self._most - len(self._kept))])
         rows = [self._kept.get(item.name) or fresh[item.name] for item in items]
         return Prior(*(torch.stack(part).to(self.device) for part in zip(*rows, strict=True)))
