@@ -31,7 +31,7 @@ Format = Literal["glb", "obj", "usd", "fbx", "blend", "packet"]
 PresetName = Literal["none", "unreal", "unity", "godot"]
 FORMATS: Final = get_args(Format)
 BLENDERS: Final = frozenset({"usd", "fbx", "blend"})  # formats that need the bpy module
-_SUFFIXES: Final[Mapping[Format, str]] = {"usd": ".usdc", "fbx": ".fbx", "blend": ".blend"}
+_SUFFIXES: Final[Mapping[Format, str]] = {"usd": ".usda", "fbx": ".fbx", "blend": ".blend"}
 _TIMEOUT_S: Final = 600.0
 _MEDIA: Final[Mapping[Format, str]] = {"glb": "model/gltf-binary", "packet": "application/octet-stream",
                                        "blend": "application/x-blender"}  # fmt: skip

@@ -93,6 +93,34 @@ def _write_usd(bpy: Any, path: Path, up: str, root: Any) -> None:
             export_global_up_selection="Y", export_textures_mode="NEW", overwrite_textures=True, export_lights=False,
             export_cameras=False, convert_world_material=False, export_custom_properties=False, merge_parent_xform=True,
         )  # fmt: skip
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = file.read().split("\n")
+    path.write_text("\n".join(_in_order(lines)), encoding="utf-8", newline="")
+
+
+def _in_order(lines: list[str]) -> list[str]:
+    """Prims that stand side by side by their names: the exporter takes them as they lie in memory, which is never the
+    same, and a batch promises the same bytes. It writes a prim from an indented `def` to its lone closing brace."""
+    out: list[str] = []
+    prims: list[list[str]] = []
+    at = 0
+    while at < len(lines):
+        body = lines[at].lstrip(" ")
+        if body.startswith("def "):
+            close = " " * (len(lines[at]) - len(body)) + "}"
+            end = lines.index(close, at)
+            opening = next(i for i in range(at, end) if lines[i].lstrip(" ") == "{")
+            prims.append([*lines[at : opening + 1], *_in_order(lines[opening + 1 : end]), close])
+            at = end
+        elif body or not prims:  # empty lines stand between prims
+            out += _joined(prims) + [lines[at]]
+            prims = []
+        at += 1
+    return out + _joined(prims)
+
+
+def _joined(prims: list[list[str]]) -> list[str]:
+    return [line for prim in sorted(prims, key=lambda prim: prim[0]) for line in ("", *prim)]
 
 
 def _write_fbx(bpy: Any, path: Path, up: str, root: Any) -> None:
