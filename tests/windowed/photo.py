@@ -66,7 +66,7 @@ def drive(gui: Any) -> Iterator[Any]:
     left, top, _, height = gui.box(gui.region("UI"))
     yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
     form = bpy.context.scene.populace
-    form.family, form.faces, form.grid_resolution, form.texture_size = FAMILY, 8000, 96, "1024"
+    form.family, form.faces, form.grid_resolution, form.texture_size = FAMILY, 20000, 192, "1024"
     bpy.ops.populace.start_backend()
     yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
     yield from shot(gui, "40_button")
