@@ -240,7 +240,7 @@ def test_f39_one_that_fails_is_tried_again_and_told_and_the_others_go_on(
     tries: Counter[int] = Counter()
     generate = pipeline.generate
 
-    def sometimes(request: Any, model: Any, step: Any) -> Any:
+    def sometimes(request: Any, model: Any, step: Any, images: Any) -> Any:
         tries[request.seed] += 1
         if request.seed == 8 and tries[8] <= 2:
             raise RuntimeError("odd")
@@ -248,7 +248,7 @@ def test_f39_one_that_fails_is_tried_again_and_told_and_the_others_go_on(
             raise PopulaceError("empty_surface", "Seed 5 has no surface.")
         if request.seed == 7 and tries[7] == 1:
             raise RuntimeError("odd")
-        return generate(request, model, step)
+        return generate(request, model, step, images)
 
     monkeypatch.setattr(pipeline, "generate", sometimes)
     out = tmp_path / "out"
