@@ -7,9 +7,10 @@ photos then show is laid on the person, in canonical space.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,7 +79,7 @@ def encode(
     fit = _start(model, photos, said)
     step("encode", 1.0)
     if options.steps:
-        with torch.enable_grad():
+        with torch.enable_grad(), _repeatable():
             _refine(fit, said, options.steps, until, step)
     scores = _scores(fit)
     maps = {}
@@ -172,6 +173,18 @@ def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: f
         fit.solve_colors()
     except _Late:
         return
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """Several threads add up gradients in any order, and a fit of many steps makes other people of that; within, they
+    take turns."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
 
 
 class _Late(Exception):
