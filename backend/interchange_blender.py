@@ -113,7 +113,7 @@ def _in_order(lines: list[str]) -> list[str]:
             prims.append([*lines[at : opening + 1], *_in_order(lines[opening + 1 : end]), close])
             at = end
         elif body or not prims:  # empty lines stand between prims
-            out += _joined(prims) + [lines[at]]
+            out += [*_joined(prims), lines[at]]
             prims = []
         at += 1
     return out + _joined(prims)
