@@ -142,11 +142,7 @@ def _measure(
     placed = (motion[0] * ours @ motion[1].T + motion[2]).astype(np.float32)
     out = surface_error(placed, mine.faces, truth, case.figure.faces)
     c2w = np.array(encoded.camera["c2w"])
-    # the photo's camera in our person's space is carried along with the person
-    carried = np.eye(4)
-    carried[:3, :3] = motion[1] @ c2w[:3, :3]
-    middle = ours.mean(0)
-    out |= _from_the_photo(case, mine, ours, c2w, float(encoded.camera["fov_y_rad"]), middle)
+    out |= _from_the_photo(case, mine, ours, c2w, float(encoded.camera["fov_y_rad"]))
     first = math.atan2(*(case.views[0].c2w[:3, 3] - truth.mean(0))[[0, 2]])
     pictures: dict[str, list[Array]] = {"mine": [], "theirs": []}
     heads: dict[str, list[Array]] = {"mine": [], "theirs": []}
@@ -165,7 +161,7 @@ def _measure(
     return out
 
 
-def _from_the_photo(case: Case, mine: Figure, ours: Array, c2w: Array, fov: float, middle: Array) -> dict[str, float]:
+def _from_the_photo(case: Case, mine: Figure, ours: Array, c2w: Array, fov: float) -> dict[str, float]:
     """The photo, and our person in the light that explains it, from where we think the camera is."""
     from backend.families.people.fit import harmonics
     from backend.render.shade import to_linear, to_srgb

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 RELAXED = "standing_1"  # the library's pose that fingers and toes are taken from
 SCALES = 4  # halvings of the pictures that are compared
 GRID = 72  # cells of the surface that is fitted
-TOPOLOGY = 12  # steps between two searches for the outline's and the light's unknowns
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
 GAIN = 3.5  # largest log of what a palette is multiplied by at once
 PRIORS = {"shape": 0.004, "pose": 3e-3}
