@@ -209,10 +209,11 @@ class _Reply:
     async def body(self, limit: int) -> bytearray:
         if self._left is not None and self._left > limit:
             raise BadReply(f"{self._left} bytes, more than the {limit} allowed")
-        data = bytearray()
+        data, filled = bytearray(0 if self._is_chunked else self._left or 0), 0  # one that grows is moved again and again
         while piece := await self.piece():
-            data += piece
-            if len(data) > limit:
+            data[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled > limit:
                 raise BadReply(f"more than the {limit} bytes allowed")
         return data
 

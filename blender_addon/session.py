@@ -355,7 +355,9 @@ class Session:
         job.is_fetching = True
         try:
             async with self._download:
-                job.human = read(await api.result(job.id))
+                data = await api.result(job.id)
+                await asyncio.sleep(0)  # reading takes milliseconds: after a full tick, in the next one
+                job.human = read(data)
         except Unreachable:
             pass  # the next connection reports the job as done again
         except BackendError as error:

@@ -6,6 +6,7 @@ A picture's name is its hash, so the same picture is decoded once, wherever it c
 
 from __future__ import annotations
 
+import base64
 import logging
 from typing import Any, Final
 
@@ -19,9 +20,11 @@ log = logging.getLogger(__name__)
 
 MAX_ICONS: Final = 300
 MAX_SIDE: Final = 512
+_DOT: Final = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAAC0lEQVR42mNgAAIAAAUAAen63NgAAAAASUVORK5CYII=")
 _icons: Any = None  # the preview collection
 _waiting: dict[str, bytes] = {}
 _broken: set[str] = set()
+_is_warm = False
 
 
 def icon(key: str) -> int:
@@ -42,6 +45,10 @@ def has(key: str) -> bool:
 
 def _decode_one() -> bool:
     """A few milliseconds. True while there are more."""
+    global _is_warm
+    if not _is_warm:  # Blender's first picture takes it 60 ms, for its colour management: before anybody works
+        _is_warm = True
+        _pixels(_DOT)
     if not _waiting:
         return False
     key = next(iter(_waiting))
