@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 CANCEL_PATIENCE_S: Final = 10.0
 MAX_LINE_BYTES: Final = 1 << 20
 _READ_BYTES: Final = 256 << 10
-_PREPARED: Final = 0.05  # of the whole: what comes before goes at a pace of its own
-_ETA_FROM: Final = 0.15  # before that nothing can be said
+_TELLING: Final = 0.04  # of the whole: before a stage has come so far, nobody can say how fast it goes
 
 
 class Phase(Enum):
@@ -56,7 +55,7 @@ class Chore:
         self._outcome: tuple[Phase, BackendError | None] | None = None
         self._read_bytes, self._rest = 0, b""
         self._cancelled_at = time.monotonic()
-        self._prepared: tuple[float, float] | None = None  # when and at which fraction the steady part began
+        self._stage_began = time.monotonic(), 0.0  # when and at which fraction
         self._folder = Path(tempfile.mkdtemp(prefix=process.FOLDER_PREFIX))
         flags: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
@@ -78,10 +77,11 @@ class Chore:
 
     @property
     def eta_s(self) -> float | None:
-        """What is left if it goes on like this, None if nobody can tell."""
-        if self.ended or self._prepared is None or self.fraction < _ETA_FROM or self.fraction <= self._prepared[1]:
+        """What is left at the pace of this stage: loading and unpacking have little to do with each other. None while
+        nobody can tell."""
+        since, first = self._stage_began
+        if self.ended or self.fraction - first < _TELLING:
             return None
-        since, first = self._prepared
         return (time.monotonic() - since) * (1 - self.fraction) / (self.fraction - first)
 
     def poll(self) -> bool:
@@ -190,12 +190,12 @@ class Chore:
         """Raises ValueError or TypeError when it is nonsense."""
         event = said.get("event")
         if event == "progress":
-            fraction = float(said.get("fraction", 0.0))
+            fraction, stage = float(said.get("fraction", 0.0)), str(said.get("stage", ""))[:80]
             if math.isfinite(fraction):
                 self.fraction = min(max(fraction, self.fraction), 1.0)
-                if self._prepared is None and self.fraction >= _PREPARED:
-                    self._prepared = time.monotonic(), self.fraction
-            self.stage, self.text = str(said.get("stage", ""))[:80], str(said.get("text", ""))[:80]
+            if stage != self.stage:
+                self._stage_began = time.monotonic(), self.fraction
+            self.stage, self.text = stage, str(said.get("text", ""))[:80]
         elif event == "done":
             result = said.get("result")
             self.result = result if isinstance(result, dict) else {}

@@ -299,7 +299,7 @@ def _send_due(root: bpy.types.Object, live: Live, now: float) -> None:
             live.preview = tasks.send(wanted, Preview(root.populace.uuid, live.sent))
         elif not live.waiting_since and rested >= PAUSE_S:
             wanted = request(root, live.edits())
-            live.final = tasks.send(wanted, target(root, _label(live)))
+            live.final = tasks.send(wanted, target(root, _label(root, live)))
             _note(live)
     except BackendError as error:
         trouble = error
@@ -307,9 +307,16 @@ def _send_due(root: bpy.types.Object, live: Live, now: float) -> None:
         replacing.drop_previews(root)
 
 
-def _label(live: Live) -> str:
-    names = [*(["mix"] if live.mix is not None else []), *live.values]
-    return ", ".join(name.replace("_", " ") for name in names).capitalize()
+def _label(root: bpy.types.Object, live: Live) -> str:
+    """What was changed, in the words that stand beside the sliders; of a part's colour only the part, since a word or
+    two is all that fits below a picture."""
+    session = tasks.session()
+    family = session.family(root.populace.family) if session is not None else None
+    titles = ["Mixed"] if live.mix is not None else []
+    for name in live.values if family is not None else ():
+        attribute = family.attribute(name.removesuffix("_color")) or family.attribute(name)
+        titles.append(attribute.title if attribute is not None else name)
+    return ", ".join(dict.fromkeys(iface(title) for title in titles))
 
 
 def _note(live: Live) -> None:

@@ -60,7 +60,7 @@ class POPULACE_PT_human(_Human, bpy.types.Panel):
         origin = iface("From a photo") if about.photo else f"{iface('Seed')} {about.seed}"
         column.label(text=f"{origin}, {about.height_m:.2f} m", translate=False)
         buttons = column.row(align=True)
-        buttons.operator("populace.place_human", text="", icon="SNAP_FACE")
+        buttons.operator("populace.place_human", text="", icon="SNAP_ON")
         buttons.operator("populace.add_favourite", text="", icon="FUND")
         buttons.operator("populace.make_again", text="", icon="DUPLICATE")
         buttons.operator("populace.use_recipe", text="", icon="LOOP_BACK")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import bpy
+from bpy.app.translations import pgettext_iface as iface
 from bpy.props import FloatVectorProperty
 from bpy_extras import view3d_utils
 from mathutils import Vector
@@ -69,6 +70,7 @@ class POPULACE_OT_place_human(bpy.types.Operator):
 
     def invoke(self, context: bpy.types.Context, event: Any) -> Result:
         context.window.cursor_modal_set("CROSSHAIR")
+        context.workspace.status_text_set(iface("Click: stand on this face    Esc or right click: stay"))
         context.window_manager.modal_handler_add(self)
         return {"RUNNING_MODAL"}
 
@@ -78,11 +80,11 @@ class POPULACE_OT_place_human(bpy.types.Operator):
 
     def modal(self, context: bpy.types.Context, event: Any) -> Result:
         if event.type in ("RIGHTMOUSE", "ESC"):
-            context.window.cursor_modal_restore()
+            _let_go(context)
             return {"CANCELLED"}
         if event.type != "LEFTMOUSE" or event.value != "PRESS":
             return {"PASS_THROUGH"}
-        context.window.cursor_modal_restore()
+        _let_go(context)
         root, ray = active_human(context), _ray(context, event.mouse_x, event.mouse_y)
         place = point_under(context, *ray, root) if root is not None and ray is not None else None
         if place is None:
@@ -92,12 +94,24 @@ class POPULACE_OT_place_human(bpy.types.Operator):
         return {"FINISHED"}
 
 
+def _let_go(context: bpy.types.Context) -> None:
+    context.window.cursor_modal_restore()
+    context.workspace.status_text_set(None)
+
+
+def _holds(region: bpy.types.Region, x: int, y: int) -> bool:
+    return 0 <= x - region.x < region.width and 0 <= y - region.y < region.height
+
+
 def _ray(context: bpy.types.Context, x: int, y: int) -> tuple[Vector, Vector] | None:
-    """Origin and direction of the ray under a point of the window; None outside the 3D views."""
+    """Origin and direction of the ray under a point of the window; None outside the 3D views, and on a sidebar or
+    header that lies over one."""
     for area in (area for area in context.screen.areas if area.type == "VIEW_3D"):
         region = next(region for region in area.regions if region.type == "WINDOW")
-        at = x - region.x, y - region.y
-        if 0 <= at[0] < region.width and 0 <= at[1] < region.height:
+        if any(_holds(other, x, y) for other in area.regions if other != region and other.width > 1):
+            return None
+        if _holds(region, x, y):
+            at = x - region.x, y - region.y
             view = area.spaces.active.region_3d
             return (view3d_utils.region_2d_to_origin_3d(region, view, at),
                     view3d_utils.region_2d_to_vector_3d(region, view, at))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +51,22 @@ class Known:
     @property
     def can_upgrade(self) -> bool:
         return bool(self.installed and self.version and self.installed.get("version") != self.version)
+
+    @property
+    def can_switch(self) -> bool:
+        """What the add-on brings is the other environment already: after going back, nothing has to be downloaded."""
+        return self.can_upgrade and self.previous.get("version") == self.version
+
+    @property
+    def other_is_newer(self) -> bool:
+        """Going to the other environment is then not going back."""
+        return bool(self.installed and self.previous) and (
+            _numbers(self.previous["version"]) > _numbers(self.installed["version"])
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 known = Known()
@@ -223,7 +240,7 @@ class POPULACE_OT_setup_backend_offline(_Setup, bpy.types.Operator):
 
 
 class POPULACE_OT_roll_back_backend(_Setup, bpy.types.Operator):
-    """Use the generator from before the last upgrade again"""
+    """Use the other generator that is installed, the one from before the last change, without a download"""
 
     bl_idname = "populace.roll_back_backend"
     bl_label = "Roll Back"

@@ -40,8 +40,7 @@ class POPULACE_PT_setup(_Panel, bpy.types.Panel):
         elif known.can_upgrade:
             _lines(self.layout, context, told("Generator {old} is installed, this add-on brings {new}.",
                                               old=known.installed["version"], new=known.version))  # fmt: skip
-            label = told("Upgrade to {version}", version=known.version)
-            self.layout.operator("populace.setup_backend", text=label, icon="FILE_REFRESH", translate=False)
+            _draw_upgrade(self.layout, "FILE_REFRESH")
 
 
 def _chore() -> Chore | None:
@@ -121,15 +120,32 @@ def draw_preferences(layout: Any, context: bpy.types.Context) -> None:
     else:
         box.label(text="This add-on carries no generator", icon="INFO")
     row = box.row(align=True)
-    label = told("Set Up Again") if installed else told("Set Up")
-    if known.can_upgrade:
-        label = told("Upgrade to {version}", version=known.version)
-    row.operator("populace.setup_backend", text=label, icon="IMPORT", translate=False)
+    if known.can_upgrade and not known.can_switch:
+        _draw_upgrade(row, "IMPORT")
+    else:
+        row.operator("populace.setup_backend", text="Set Up Again" if installed else "Set Up", icon="IMPORT")
     row.operator("populace.setup_backend_offline", text="From Folder...", icon="FILE_FOLDER")
-    back = told("Roll Back to {version}", version=known.previous["version"]) if known.previous else told("Roll Back")
-    row.operator("populace.roll_back_backend", text=back, icon="LOOP_BACK", translate=False)
+    _draw_other(row)
     row.operator("populace.uninstall_backend", text="Uninstall", icon="TRASH")
     row.operator("populace.copy_setup_log", text="", icon="COPYDOWN")
+
+
+def _draw_upgrade(layout: Any, icon: str) -> None:
+    if known.can_switch:
+        _draw_other(layout)
+        return
+    label = told("Upgrade to {version}", version=known.version)
+    layout.operator("populace.setup_backend", text=label, icon=icon, translate=False)
+
+
+def _draw_other(layout: Any) -> None:
+    """The environment from before: an older one to go back to, or a newer one that was left."""
+    label, icon = told("Roll Back"), "LOOP_BACK"
+    if known.other_is_newer:
+        label, icon = told("Use {version} Again", version=known.previous["version"]), "LOOP_FORWARDS"
+    elif known.previous:
+        label = told("Roll Back to {version}", version=known.previous["version"])
+    layout.operator("populace.roll_back_backend", text=label, icon=icon, translate=False)
 
 
 def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:

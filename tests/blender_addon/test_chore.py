@@ -68,14 +68,18 @@ def test_what_it_says_is_known(begin: Callable[[str], Chore]) -> None:
     assert not job._folder.exists()
 
 
-def test_time_left_leaves_the_preparations_out(
+def test_time_left_is_at_the_pace_of_the_stage(
     begin: Callable[[str], Chore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, now = begin("good"), 1000.0
     monkeypatch.setattr(chore.time, "monotonic", lambda: now)
-    for at, fraction, left in ((1000, 0.01, None), (1300, 0.05, None), (1301, 0.1, None), (1304, 0.25, 15.0)):
+    for at, stage, fraction, left in (
+        (1000, "Making the environment", 0.01, None),
+        (1300, "Downloading", 0.05, None), (1301, "Downloading", 0.08, None), (1304, "Downloading", 0.25, 15.0),
+        (1310, "Unpacking", 0.5, None), (1330, "Unpacking", 0.55, 180.0),
+    ):  # fmt: skip
         now = float(at)
-        job._take({"event": "progress", "stage": "", "fraction": fraction})
+        job._take({"event": "progress", "stage": stage, "fraction": fraction})
         assert job.eta_s == (left if left is None else pytest.approx(left))
     monkeypatch.undo()
 

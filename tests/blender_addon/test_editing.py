@@ -97,7 +97,7 @@ def test_slider_previews_then_makes_the_person_in_full(at_work: SimpleNamespace)
     assert counts(bpy) == before, "nothing of preview and old person is left"
     assert sliders.height_m == pytest.approx(1.9, abs=2e-3)
     assert sliders.top_color[:] == pytest.approx((1, 0, 0), abs=1e-3)
-    assert [version.label for version in root.populace.versions] == ["Created", "Height m, top color"]
+    assert [version.label for version in root.populace.versions] == ["Created", "Height, Top"]
     assert "bpy.ops.populace.set_attributes(values=" in at_work.snippets.last[-1]
 
 

@@ -253,6 +253,26 @@ def test_a_person_is_put_on_the_face_under_the_mouse(addon: SimpleNamespace) -> 
         bpy.ops.populace.place_human()
 
 
+def test_a_click_on_the_sidebar_places_nobody(addon: SimpleNamespace) -> None:
+    """The sidebar lies over the view: what is behind it was not meant. A region that is folded up hides nothing."""
+    import importlib
+
+    from mathutils import Matrix
+
+    placing = importlib.import_module(f"{addon.scene.__package__}.placing")
+    view = SimpleNamespace(view_matrix=Matrix(), perspective_matrix=Matrix(), is_perspective=True)
+    regions = [SimpleNamespace(type=kind, x=x, y=0, width=width, height=500)
+               for kind, x, width in (("WINDOW", 0, 800), ("UI", 600, 200), ("TOOLS", 0, 1))]  # fmt: skip
+    spaces = SimpleNamespace(active=SimpleNamespace(region_3d=view))
+    area = SimpleNamespace(type="VIEW_3D", regions=regions, spaces=spaces)
+    context = SimpleNamespace(screen=SimpleNamespace(areas=[SimpleNamespace(type="OUTLINER"), area]))
+    assert placing._ray(context, 700, 250) is None
+    assert placing._ray(context, 900, 250) is None
+    (_, left), (_, middle) = (placing._ray(context, x, 250) for x in (0, 400))
+    assert left.x != pytest.approx(0)
+    assert middle.x == pytest.approx(0)
+
+
 def test_a_batch_stands_in_a_row_in_one_collection(addon: SimpleNamespace) -> None:
     human = addon.packet.read(making.packet(rings=4))
     batch = addon.scene.Batch("Humans 7-9", 3, (1.0, 2.0, 0.0))

@@ -129,11 +129,28 @@ def test_installed_from_a_script(setup: Any, home: Path) -> None:
     shown = draw(setup, setup.setup_panel.draw_preferences, setup.bpy.context)
     assert any("Generator 2.0, processor only, 1.4 GB" in text for text in shown.texts)
     assert "Roll Back to 1.0" in shown.texts
+    assert "Use 2.0 Again" not in shown.texts
     setup.bpy.ops.populace.dismiss_chore()
     assert setup.chores.current() is None
     assert not setup.setup_panel.POPULACE_PT_setup.poll(setup.bpy.context)
     for name in ("roll_back_backend", "uninstall_backend"):
         assert getattr(setup.bpy.ops.populace, name)() == {"FINISHED"}
+
+
+def test_a_newer_generator_that_was_left_is_not_downloaded_again(setup: Any, home: Path) -> None:
+    """After rolling back, what the add-on brings is the other environment: no button says to go back to it."""
+    setup.online(True)
+    setup.mode("good")
+    install(home / "data/backend", "1.0", setup.known.version)
+    setup.setup_operators.refresh()
+    again = f"Use {setup.known.version} Again"
+    shown = panel(setup)
+    assert shown.buttons == ["populace.roll_back_backend"]
+    assert again in shown.texts
+    shown = draw(setup, setup.setup_panel.draw_preferences, setup.bpy.context)
+    assert again in shown.texts
+    assert "Set Up Again" in shown.texts
+    assert not any(text.startswith(("Upgrade", "Roll Back")) for text in shown.texts)
 
 
 def test_an_installer_that_lies_is_found_out(setup: Any) -> None:

@@ -9,59 +9,30 @@ generator that runs already. Pictures go to the folder SHOTS.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bpy
-from mathutils import Quaternion, Vector
 
-SHOTS = os.environ.get("SHOTS", "shots")
-PATIENCE_S = 240
-FACES, GRID, TEXTURE = 8000, 128, "512"  # a small person is made soon
-
-
-def people() -> list[Any]:
-    return [o for o in bpy.data.objects if o.populace.uuid]
-
-
-def look(gui: Any, at: tuple[float, float, float] = (0, 0, 0.95), distance: float = 4.2) -> None:
-    view = gui.area().spaces.active
-    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
-    view.overlay.show_relationship_lines = view.overlay.show_extras = view.overlay.show_cursor = False
-    view.overlay.show_outline_selected = False
-    view.lens = 60
-    view.region_3d.view_location, view.region_3d.view_distance = Vector(at), distance
-    view.region_3d.view_rotation = Quaternion((0, 0, 1), 0.35) @ Quaternion((1, 0, 0), 1.5)
-
-
-def seen(gui: Any, word: str, nth: int = 0, tries: int = 10) -> Iterator[Any]:
-    """Where a word of the sidebar is, once it is drawn: `_, y = yield from seen(...)`."""
-    while True:
-        try:
-            return gui.find_word(word, gui.region("UI"), nth)
-        except RuntimeError:
-            tries -= 1
-            if not tries:
-                raise
-            yield 1
-
-
-def widen(gui: Any) -> Iterator[Any]:
-    """The sidebar as wide as people have it who work in it."""
-    left, top, _, height = gui.box(gui.region("UI"))
-    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
-    yield 0.5
-
-
-def shot(gui: Any, name: str) -> Iterator[Any]:
-    yield 0.8
-    gui.shot(f"{SHOTS}/{name}.png")
-
-
-def settled(root: Any, versions: int) -> Any:
-    return lambda: len(root.populace.versions) >= versions
+sys.path.insert(0, str(Path(__file__).parent))
+from gestures import (
+    PATIENCE_S,
+    SMALL,
+    assign,
+    connect,
+    look,
+    module,
+    nobody_active,
+    over_view,
+    people,
+    press,
+    seen,
+    settled,
+    shot,
+    widen,
+)
 
 
 def drive(gui: Any) -> Iterator[Any]:
@@ -69,15 +40,13 @@ def drive(gui: Any) -> Iterator[Any]:
     look(gui)
     yield from widen(gui)
     yield from shot(gui, "1_form")
-    bpy.ops.populace.start_backend()
-    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+    yield from connect(gui)
 
     # Create, by seed and words.
     form = bpy.context.scene.populace
-    form.faces, form.grid_resolution, form.texture_size = FACES, GRID, TEXTURE
-    form.randomise_seed, form.seed, form.prompt = False, 12, "woman, long hair, blue t-shirt, jeans"
+    assign(form, SMALL | {"randomise_seed": False, "seed": 12, "prompt": "woman, long hair, blue t-shirt, jeans"})
     yield 1
-    yield from gui.click_word("Generate")
+    yield from press(gui, "Generate")
     yield 1.5
     yield from shot(gui, "2_working")
     yield from gui.until(lambda: len(people()) == 1, PATIENCE_S)
@@ -104,9 +73,7 @@ def drive(gui: Any) -> Iterator[Any]:
     assert abs(root.populace.height_m - before) < 0.05
 
     # Undo and redo.
-    area = gui.box(gui.region("WINDOW"))
-    gui.move(area[0] + area[2] / 3, area[1] + area[3] / 2)
-    yield 0.3
+    yield from over_view(gui)
     gui.key("ctrl+z")
     yield from gui.until(lambda: len(people()[0].populace.versions) == 1, 30)
     gui.key("ctrl+shift+z")
@@ -128,17 +95,16 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from gui.click(left + width - 50, y)
     yield 2
     yield from shot(gui, "8_variants_working")
-    addon = next(name for name in sys.modules if name.endswith("populace.editing"))
-    yield from gui.until(lambda: sum(bool(one.key) for one in sys.modules[addon].sheet(root)) == 6, PATIENCE_S)
+    yield from gui.until(lambda: sum(bool(one.key) for one in module("editing").sheet(root)) == 6, PATIENCE_S)
     yield 2
     yield from shot(gui, "9_variants")
-    yield from gui.click_word("Choose", 1)
+    yield from press(gui, "Choose", 1)
     yield from gui.until(settled(root, 4), PATIENCE_S)
     yield from shot(gui, "10_variant_chosen")
 
     # History: back to the first one.
     yield from shot(gui, "11_history")
-    yield from gui.click_word("Created")
+    yield from press(gui, "Created")
     first = root.populace.versions[0].recipe
     yield from gui.until(lambda: root.populace.recipe == first, PATIENCE_S)
     yield from shot(gui, "12_restored")
@@ -150,19 +116,14 @@ def drive(gui: Any) -> Iterator[Any]:
     bpy.context.scene.cursor.location = (1.1, 0, 0)
     with gui.override():
         bpy.ops.populace.generate(
-            "EXEC_DEFAULT",
-            seed=40,
-            prompt="tall man, beard, red shirt, black trousers, bald",
-            faces=FACES,
-            grid_resolution=GRID,
-            texture_size=TEXTURE,
+            "EXEC_DEFAULT", seed=40, prompt="tall man, beard, red shirt, black trousers, bald", **SMALL
         )
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     look(gui, (0.5, 0, 0.95), 5)
     root.select_set(True)
     bpy.context.view_layer.objects.active = root
     yield 1
-    yield from gui.click_word("Mix")
+    yield from press(gui, "Mix")
     yield 1.5
     bpy.context.window_manager.populace.mix = 0.5
     yield 0.5
@@ -170,14 +131,12 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from shot(gui, "13_mixed")
 
     # An asset of this file.
-    yield from gui.click_word("Mix")
+    yield from press(gui, "Mix")
     yield 1
-    yield from gui.click_word("Assets")
+    yield from press(gui, "Assets")
     yield 1
-    yield from gui.click(*(yield from seen(gui, "Mark")))
+    yield from press(gui, "Mark")
     yield from gui.until(lambda: any(c.asset_data is not None for c in bpy.data.collections), PATIENCE_S)
     yield from shot(gui, "14_assets")
-    bpy.ops.object.select_all(action="DESELECT")
-    bpy.context.view_layer.objects.active = None
-    yield 1
+    nobody_active()
     yield from shot(gui, "15_nobody_active")

@@ -9,70 +9,43 @@ from __future__ import annotations
 
 import ast
 import json
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bpy
-from mathutils import Quaternion, Vector
+from bpy_extras import view3d_utils
+from mathutils import Vector
 
-SHOTS = os.environ.get("SHOTS", "shots")
-PATIENCE_S = 420
-FACES, GRID, TEXTURE = 8000, 128, "512"  # a small person is made soon
-
-
-def people() -> list[Any]:
-    return [o for o in bpy.data.objects if o.populace.uuid]
-
-
-def look(gui: Any, at: tuple[float, float, float] = (0, 0, 0.95), distance: float = 4.2) -> None:
-    view = gui.area().spaces.active
-    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
-    view.overlay.show_relationship_lines = view.overlay.show_extras = view.overlay.show_cursor = False
-    view.overlay.show_outline_selected = False
-    view.lens = 60
-    view.region_3d.view_location, view.region_3d.view_distance = Vector(at), distance
-    view.region_3d.view_rotation = Quaternion((0, 0, 1), 0.35) @ Quaternion((1, 0, 0), 1.5)
-
-
-def seen(gui: Any, word: str, nth: int = 0, tries: int = 10) -> Iterator[Any]:
-    """Where a word of the sidebar is, once it is drawn: `x, y = yield from seen(...)`."""
-    while True:
-        try:
-            return gui.find_word(word, gui.region("UI"), nth)
-        except RuntimeError:
-            tries -= 1
-            if not tries:
-                raise
-            yield 1
-
-
-def press(gui: Any, word: str, nth: int = 0) -> Iterator[Any]:
-    yield from gui.click(*(yield from seen(gui, word, nth)))
-
-
-def shot(gui: Any, name: str) -> Iterator[Any]:
-    yield 1.5
-    gui.shot(f"{SHOTS}/{name}.png")
-
-
-def settled(root: Any, versions: int) -> Any:
-    return lambda: len(root.populace.versions) >= versions
+sys.path.insert(0, str(Path(__file__).parent))
+from gestures import (
+    PATIENCE_S,
+    SHOTS,
+    SMALL,
+    assign,
+    connect,
+    fill,
+    look,
+    nobody_active,
+    over_view,
+    people,
+    press,
+    seen,
+    settled,
+    shot,
+    widen,
+)
 
 
 def drive(gui: Any) -> Iterator[Any]:
     bpy.data.batch_remove(list(bpy.data.objects))
     look(gui)
-    left, top, _, height = gui.box(gui.region("UI"))
-    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
-    yield 0.5
-    left, top, width, height = gui.box(gui.region("UI"))
-    bpy.ops.populace.start_backend()
-    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+    yield from widen(gui)
+    left, top, width, _ = gui.box(gui.region("UI"))
+    yield from connect(gui)
     form = bpy.context.scene.populace
-    form.faces, form.grid_resolution, form.texture_size = FACES, GRID, TEXTURE
-    form.randomise_seed, form.seed, form.prompt = False, 12, "woman, long hair, blue t-shirt, jeans"
+    assign(form, SMALL | {"randomise_seed": False, "seed": 12, "prompt": "woman, long hair, blue t-shirt, jeans"})
     yield 1
     yield from press(gui, "Generate")
     yield from gui.until(lambda: len(people()) == 1, PATIENCE_S)
@@ -97,7 +70,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from shot(gui, "21_colour_picker")
     yield from gui.click(left + 234, y - 258)
     yield from shot(gui, "22_colour_picked")
-    gui.move(left - 300, y)
+    gui.key("Return")
     yield from gui.until(settled(root, 3), PATIENCE_S)
     red, green, blue = json.loads(root.populace.attributes)["bottom_color"]
     assert green > max(red, blue), (red, green, blue)
@@ -107,13 +80,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from press(gui, "Output")
     yield 1
     _, y = yield from seen(gui, "Pose")
-    yield from gui.click(left + 190, y, count=2)
-    yield 0.3
-    gui.key("ctrl+a")
-    gui.type("walking")
-    yield 0.5
-    gui.key("Return")
-    yield 0.5
+    yield from fill(gui, left + 190, y, "walking")
     yield from press(gui, "Separate")
     yield 0.5
     assert (form.pose, form.separate) == ("walking", True)
@@ -132,45 +99,73 @@ def drive(gui: Any) -> Iterator[Any]:
     assert "pose='walking'" in copied, copied
     ast.parse(copied)
 
+    # Onto a table: the button, a click on its top, and Ctrl-Z. A click on the sidebar and Esc leave her where she is.
+    bpy.ops.mesh.primitive_cube_add(size=1, location=(1.3, 0, 0.4))
+    bpy.context.object.scale = (1, 1, 0.8)
+    bpy.ops.object.select_all(action="DESELECT")
+    root.select_set(True)
+    bpy.context.view_layer.objects.active = root
+    bpy.ops.ed.undo_push(message="Table")
+    look(gui, (0.5, 0, 0.95), 5, 1.2)
+    view = gui.region("WINDOW")
+    target = view3d_utils.location_3d_to_region_2d(view, gui.area().spaces.active.region_3d, (1.3, 0, 0.8))
+    x, y = view.x + target[0], gui.window.height - view.y - target[1]
+    yield 1
+    _, seed = yield from seen(gui, "Seed")
+    for away in ((left + 60, seed - 60), "Escape", (x, y)):
+        yield from gui.click(left + 108, seed + 21)
+        if away == "Escape":
+            gui.move(x, y)
+            yield from shot(gui, "26_place_on_face")
+            gui.key(away)
+        else:
+            yield from gui.click(*away)
+        yield 1
+        assert away == (x, y) or not any(root.location), away
+    assert (Vector(root.location) - Vector((1.3, 0, 0.8))).length < 0.02, root.location
+    yield from shot(gui, "27_placed")
+    yield from over_view(gui)
+    gui.key("ctrl+z")
+    yield from gui.until(lambda: not any(people()[0].location), 30)
+    root = people()[0]
+    bpy.data.objects.remove(bpy.data.objects["Cube"])
+    bpy.context.view_layer.objects.active = root
+    look(gui)
+    yield 1
+
     # A favourite: kept by the heart, made once more while nobody is active.
     yield from press(gui, "Output")
     _, y = yield from seen(gui, "Seed")
     yield from gui.click(left + 121, y + 21)
     yield 1
-    bpy.ops.object.select_all(action="DESELECT")
-    bpy.context.view_layer.objects.active = None
+    nobody_active()
     bpy.context.scene.cursor.location = (1.1, 0, 0)
     look(gui, (0.5, 0, 0.95), 5)
-    yield from shot(gui, "26_favourite")
+    yield from shot(gui, "28_favourite")
     yield from press(gui, "Seed", 1)
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     twin = next(o for o in people() if o != root)
     assert twin.populace.recipe == root.populace.recipe
     assert bpy.context.view_layer.objects.active == twin
-    yield from shot(gui, "27_favourite_used")
+    yield from shot(gui, "29_favourite_used")
 
     # Somebody else's hair: both selected, one button.
     yield from gui.click(left - 500, top + 300)  # nobody
     bpy.data.batch_remove([twin, *twin.children_recursive])
     with gui.override():
         bpy.ops.populace.generate(
-            "EXEC_DEFAULT",
-            seed=40,
-            prompt="tall man, short black hair, yellow shirt, black trousers",
-            faces=FACES,
-            grid_resolution=GRID,
-            texture_size=TEXTURE,
+            "EXEC_DEFAULT", seed=40, prompt="tall man, short black hair, yellow shirt, black trousers", **SMALL
         )
     yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     other = next(o for o in people() if o != root)
     other.select_set(True)
     root.select_set(True)
     bpy.context.view_layer.objects.active = root
-    yield from shot(gui, "28_two_selected")
+    yield from shot(gui, "30_two_selected")
     yield from press(gui, "Hair", 1)
     yield from gui.until(settled(root, 5), PATIENCE_S)
     assert root.populace.versions[-1].label == "Other hair"
-    yield from shot(gui, "29_swapped")
+    yield from shot(gui, "31_swapped")
 
     # Both into a library folder.
     folder = Path(SHOTS).resolve() / "library"
@@ -178,14 +173,9 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from press(gui, "Assets")
     yield 1
     _, y = yield from seen(gui, "Library")
-    yield from gui.click(left + 170, y, count=2)
-    yield 0.3
-    gui.key("ctrl+a")
-    gui.type(str(folder))
-    gui.key("Return")
-    yield 1
+    yield from fill(gui, left + 170, y, str(folder))
     assert Path(bpy.context.scene.populace_assets.folder) == folder, bpy.context.scene.populace_assets.folder
     yield from press(gui, "Save")
     yield from gui.until(lambda: len(list(folder.glob("*.blend"))) == 2, PATIENCE_S)
     assert (folder / "blender_assets.cats.txt").is_file()
-    yield from shot(gui, "30_library")
+    yield from shot(gui, "32_library")

@@ -8,13 +8,17 @@ wants a generator that runs already. Pictures go to the folder SHOTS.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bpy
-from mathutils import Quaternion, Vector
+from mathutils import Vector
 
-SHOTS = os.environ.get("SHOTS", "shots")
+sys.path.insert(0, str(Path(__file__).parent))
+from gestures import SHOTS, look, nobody_active, over_view, press, seen
+
 PEOPLE = int(os.environ.get("PEOPLE", "20"))
 QUICK = "QUICK" in os.environ  # coarse people, for a slow machine
 PLACES = int(os.environ.get("PLACES", "100"))
@@ -52,33 +56,6 @@ def stage() -> None:
     bpy.ops.object.camera_add(location=(0, -13, 3.2), rotation=(1.36, 0, 0))
     bpy.context.scene.camera = bpy.context.object
     bpy.ops.object.select_all(action="DESELECT")
-
-
-def look(gui: Any, at: tuple[float, float, float], distance: float, tilt: float = 1.25, turn: float = 0.25) -> None:
-    view = gui.area().spaces.active
-    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
-    view.shading.show_cavity = True
-    view.overlay.show_relationship_lines = view.overlay.show_extras = False
-    view.lens = 50
-    view.region_3d.view_location, view.region_3d.view_distance = Vector(at), distance
-    view.region_3d.view_rotation = Quaternion((0, 0, 1), turn) @ Quaternion((1, 0, 0), tilt)
-
-
-def seen(gui: Any, word: str, tries: int = 8) -> Iterator[Any]:
-    """Where a word of the sidebar is, once it is drawn: `x, y = yield from seen(...)`."""
-    while True:
-        try:
-            return gui.find_word(word, gui.region("UI"))
-        except RuntimeError:
-            tries -= 1
-            if not tries:
-                raise
-        yield 1.0
-
-
-def press(gui: Any, word: str) -> Iterator[Any]:
-    x, y = yield from seen(gui, word)
-    yield from gui.click(x, y)
 
 
 def field(gui: Any, label: str, text: str, away: int = 150) -> Iterator[Any]:
@@ -133,9 +110,7 @@ def drive(gui: Any) -> Iterator[Any]:
 
     # Ctrl+Z undoes the crowd at once, and Ctrl+Shift+Z brings it back with everybody.
     bpy.ops.populace.crowd_display(display="LIGHT")
-    left, top, width, height = gui.box(gui.region("WINDOW"))
-    gui.move(left + width / 3, top + height / 2)
-    yield 0.5
+    yield from over_view(gui)
     steps = 0
     while crowds() and steps < 4:
         gui.key("ctrl+z")
@@ -170,7 +145,7 @@ def drive(gui: Any) -> Iterator[Any]:
     place = min((o for o in crowds()[0].objects if "populace_placement" in o), key=lambda o: o.location.y)
     others = {o.name: o.instance_collection.name for o in crowds()[0].objects if o != place}
     before = place["populace_person"]
-    bpy.ops.object.select_all(action="DESELECT")
+    nobody_active()
     place.select_set(True)
     bpy.context.view_layer.objects.active = place
     look(gui, tuple(place.location + Vector((0, 0, 0.9))), 4, 1.45, 0.0)

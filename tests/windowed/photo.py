@@ -15,45 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import bpy
-from mathutils import Quaternion, Vector
 
-SHOTS = os.environ.get("SHOTS", "shots")
+sys.path.insert(0, str(Path(__file__).parent))
+from gestures import PATIENCE_S, SHOTS, connect, look, module, nobody_active, over_view, people, press, shot, widen
+
 PHOTO = Path(os.environ["PHOTO"])
 FAMILY = os.environ.get("FAMILY", "people")
-PATIENCE_S = 420
-
-
-def people() -> list[Any]:
-    return [o for o in bpy.data.objects if o.populace.uuid]
-
-
-def look(gui: Any) -> None:
-    view = gui.area().spaces.active
-    view.shading.type, view.shading.color_type, view.shading.light = "SOLID", "TEXTURE", "STUDIO"
-    view.overlay.show_relationship_lines = view.overlay.show_cursor = view.overlay.show_outline_selected = False
-    view.lens = 60
-    view.region_3d.view_location, view.region_3d.view_distance = Vector((0, 0, 0.95)), 4.6
-    view.region_3d.view_rotation = Quaternion((0, 0, 1), 0.35) @ Quaternion((1, 0, 0), 1.5)
-
-
-def seen(gui: Any, word: str, nth: int = 0, region: Any = "UI", tries: int = 10) -> Iterator[Any]:
-    while True:
-        try:
-            return gui.find_word(word, gui.region("UI") if region == "UI" else region, nth)
-        except RuntimeError:
-            tries -= 1
-            if not tries:
-                raise
-            yield 1
-
-
-def press(gui: Any, word: str, nth: int = 0, region: Any = "UI") -> Iterator[Any]:
-    yield from gui.click(*(yield from seen(gui, word, nth, region)))
-
-
-def shot(gui: Any, name: str) -> Iterator[Any]:
-    yield 1.2
-    gui.shot(f"{SHOTS}/{name}.png")
 
 
 def turns(root: Any) -> list[tuple[float, ...]]:
@@ -63,12 +30,10 @@ def turns(root: Any) -> list[tuple[float, ...]]:
 def drive(gui: Any) -> Iterator[Any]:
     bpy.data.batch_remove(list(bpy.data.objects))
     look(gui)
-    left, top, _, height = gui.box(gui.region("UI"))
-    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
+    yield from widen(gui)
     form = bpy.context.scene.populace
     form.family, form.faces, form.grid_resolution, form.texture_size = FAMILY, 20000, 192, "1024"
-    bpy.ops.populace.start_backend()
-    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+    yield from connect(gui)
     yield from shot(gui, "40_button")
 
     # The button, the file browser, its options.
@@ -83,7 +48,7 @@ def drive(gui: Any) -> Iterator[Any]:
     operator.reference = True
     yield from shot(gui, "41_file_browser")
     yield from press(gui, "Human", 0, gui.region("EXECUTE", gui.area("FILE_BROWSER")))
-    tasks = sys.modules[next(name for name in sys.modules if name.endswith("populace.tasks"))]
+    tasks = module("tasks")
     stages: set[str] = set()
 
     def here() -> bool:
@@ -103,9 +68,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from shot(gui, "43_person")
 
     # Through the photo's camera.
-    area = gui.box(gui.region("WINDOW"))
-    gui.move(area[0] + area[2] / 3, area[1] + area[3] / 2)
-    yield 0.3
+    yield from over_view(gui)
     gui.key("KP_Insert")
     yield from shot(gui, "44_camera")
     gui.key("KP_Insert")
@@ -132,8 +95,7 @@ def drive(gui: Any) -> Iterator[Any]:
     assert facts["camera"]
 
     # A file dragged onto the view: Blender asks what to do with it, then come the options. This one is broken.
-    bpy.ops.object.select_all(action="DESELECT")
-    bpy.context.view_layer.objects.active = None
+    nobody_active()
     folder = Path(SHOTS).resolve() / "drop"
     folder.mkdir(exist_ok=True)
     (folder / "broken.png").write_bytes(PHOTO.read_bytes()[:-200])
@@ -143,7 +105,7 @@ def drive(gui: Any) -> Iterator[Any]:
     browser.spaces.active.params.directory = str(folder).encode()
     browser.spaces.active.params.display_type = "THUMBNAIL"
     yield 3
-    x, y, _, _ = gui.box(gui.region("WINDOW", browser))
+    area, (x, y, _, _) = gui.box(gui.region("WINDOW")), gui.box(gui.region("WINDOW", browser))
     x, y, to_x, to_y = x + 60, y + 55, area[0] + 480, area[1] + 620
     gui.move(x, y + 200)
     yield 0.5

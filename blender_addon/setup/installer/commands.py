@@ -20,7 +20,7 @@ from typing import Any, Final
 from . import __doc__ as ABOUT
 from .computer import BUILDS, Wheel, bytes_in, find_gpu, find_python, free_bytes
 from .home import LOG, POINTER, RECORD, Home, python_of
-from .pip import Job, fill, run
+from .pip import LAST, Job, fill, run
 from .telling import Cancelled, Leash, SetupError, Teller
 
 SPARE_BYTES: Final = 500_000_000
@@ -75,7 +75,7 @@ def install(job: Job) -> dict[str, Any]:
         run(job, python, "-I", "-m", "venv", environment)
         own = python_of(environment)
         fill(job, own, wheel, build)
-        teller.progress("Checking that it works", 0.95)
+        teller.progress("Checking that it works", LAST)
         doctor(job, own)
         record = {"version": wheel.version, "build": build, "python": version, "bytes": bytes_in(environment),
                   "wheel_sha256": hashlib.sha256(wheel.path.read_bytes()).hexdigest(),

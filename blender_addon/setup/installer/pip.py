@@ -17,6 +17,9 @@ from .computer import BUILDS, PIP_DEFAULT, Build, Wheel, free_bytes
 from .home import LOG, Home
 from .telling import Leash, SetupError, Teller
 
+FIRST: Final = 0.05  # of the whole progress: making the environment comes before,
+LAST: Final = 0.95  # checking that it works after
+
 
 @dataclass
 class Job:
@@ -51,7 +54,8 @@ def fill(job: Job, python: Path, wheel: Wheel, build: str) -> None:
     pip = [python, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input"]
     common = ["install", "--only-binary", ":all:"]
     if args.wheels:
-        _pip(job, [*pip, *common, "--no-index", "--find-links", args.wheels, wheel.path], 0.05, 0.95, size)
+        command = [*pip, *common, "--no-index", "--find-links", args.wheels, wheel.path]
+        _pip(job, command, FIRST, LAST, size, is_local=True)
         return
     packages = ["--index-url", args.package_index] if args.package_index else []
     common += ["--cache-dir", job.home.cache, "--retries", "3", "--timeout", "30"]
@@ -64,8 +68,8 @@ def fill(job: Job, python: Path, wheel: Wheel, build: str) -> None:
     split = 0.75
     if wheel.torch:
         source = packages if index == PIP_DEFAULT else ["--index-url", index]
-        _pip(job, [*pip, *common, *source, wheel.torch], 0.05, split, size)
-    _pip(job, [*pip, *common, *packages, wheel.path], split if wheel.torch else 0.05, 0.95, size)
+        _pip(job, [*pip, *common, *source, wheel.torch], FIRST, split, size)
+    _pip(job, [*pip, *common, *packages, wheel.path], split if wheel.torch else FIRST, LAST, size)
 
 
 def _pip_version(job: Job, python: Path) -> tuple[int, ...]:
@@ -75,9 +79,13 @@ def _pip_version(job: Job, python: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(rb"\d+", said)[:2])
 
 
-def _pip(job: Job, command: Sequence[str | Path], first: float, last: float, size: Build) -> None:
-    """Run pip and turn what it says into progress from `first` to `last`: two thirds loading, one third unpacking."""
-    split = first + (last - first) * 2 / 3
+def _pip(
+    job: Job, command: Sequence[str | Path], first: float, last: float, size: Build, is_local: bool = False
+) -> None:
+    """Run pip and turn what it says into progress from `first` to `last`: two thirds loading, one third unpacking, or
+    all of it unpacking where nothing is loaded. The bytes of a run are taken to be its share of the progress."""
+    split = first if is_local else first + (last - first) * 2 / 3
+    share = (last - first) / (LAST - FIRST)
     done = file = seen = 0
     name, tail = "", []
     before = free_bytes(job.home.folder)
@@ -87,7 +95,7 @@ def _pip(job: Job, command: Sequence[str | Path], first: float, last: float, siz
         while not unpacking.wait(0.5):
             pass
         while not over.wait(0.5):
-            used = max(0, before - free_bytes(job.home.folder)) / size.installed_bytes
+            used = max(0, before - free_bytes(job.home.folder)) / (share * size.installed_bytes)
             job.teller.progress("Unpacking", split + (last - split) * min(used, 0.98))
 
     over = threading.Event()
@@ -109,8 +117,11 @@ def _pip(job: Job, command: Sequence[str | Path], first: float, last: float, siz
                         job.teller.progress("Unpacking", split)
                         continue
                 if not unpacking.is_set():
+                    if is_local:
+                        job.teller.progress("Looking at the wheels", first)
+                        continue
                     text = f"{name} {seen / 1e6:.0f} of {file / 1e6:.0f} MB" if file else name
-                    fraction = min((done + seen) / size.download_bytes, 1.0)
+                    fraction = min((done + seen) / (share * size.download_bytes), 1.0)
                     job.teller.progress("Downloading", first + (split - first) * fraction, text)
     finally:
         over.set()
