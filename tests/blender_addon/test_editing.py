@@ -97,8 +97,19 @@ def test_slider_previews_then_makes_the_person_in_full(at_work: SimpleNamespace)
     assert counts(bpy) == before, "nothing of preview and old person is left"
     assert sliders.height_m == pytest.approx(1.9, abs=2e-3)
     assert sliders.top_color[:] == pytest.approx((1, 0, 0), abs=1e-3)
-    assert [version.label for version in root.populace.versions] == ["Created", "Height, Top"]
+    assert [version.label for version in root.populace.versions] == ["Created", "Height, Top colour"]
     assert "bpy.ops.populace.set_attributes(values=" in at_work.snippets.last[-1]
+
+
+def test_the_history_names_a_part_for_its_colour(addon: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a picture a word or two fits: "Bottom colour" did not."""
+    titles = {"bottom": "Bottom", "bottom_color": "Bottom colour", "eye_color": "Eye colour", "height_m": "Height"}
+    family = SimpleNamespace(attribute={name: SimpleNamespace(title=title) for name, title in titles.items()}.get)
+    monkeypatch.setattr(addon.editing.tasks, "session", lambda: SimpleNamespace(family=lambda name: family))
+    root = SimpleNamespace(populace=SimpleNamespace(family="people"))
+    wanted = dict.fromkeys(("height_m", "bottom_color", "bottom", "eye_color"))
+    assert addon.editing._label(root, SimpleNamespace(mix=None, values=wanted)) == "Height, Bottom, Eye colour"
+    assert addon.editing._label(root, SimpleNamespace(mix=("id", 0.5), values={})) == "Mixed"
 
 
 def test_one_undo_step_for_an_edit_and_none_for_previews(at_work: SimpleNamespace) -> None:
