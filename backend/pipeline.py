@@ -170,7 +170,7 @@ def _assemble(
         skin = field.skin(mesh.points) if field.rig is not None else None
         parts.append(Part(
             vertices=_numpy(mesh.vertices, np.float32) - drop, faces=_numpy(mesh.faces, np.int32),
-            normals=_numpy(vertex_normals(mesh.vertices, mesh.faces), np.float32),
+            normals=_numpy(vertex_normals(mesh.vertices.double(), mesh.faces), np.float32),
             uvs=_numpy(mesh.uvs, np.float32), face_uvs_idx=_numpy(mesh.face_uvs_idx, np.int32),
             base_color_png=colors[i], normal_png=normals[i] or None, orm_png=orms[i] or None,
             skin_indices=_numpy(skin[0], np.int32) if skin else None,

@@ -120,8 +120,8 @@ def _frames(
     for r in np.unique(region):
         chosen = region == r
         weight = areas[chosen] / max(areas[chosen].sum(), 1e-30)
-        offset = centres[chosen] - weight @ centres[chosen]
-        spread, axes = np.linalg.eigh((offset * weight[:, None]).T @ offset)
+        offset = centres[chosen] - (centres[chosen] * weight[:, None]).sum(0)  # no BLAS: its sums hang on its threads
+        spread, axes = np.linalg.eigh(np.einsum("fi,fj,f->ij", offset, offset, weight))
         if spread[2] > 3 * spread[1]:
             along = axes[:, 2] * np.sign(axes[np.abs(axes[:, 2]).argmax(), 2])
             front = np.array([0.0, 0.0, 1.0]) if abs(along[2]) < 0.9 else np.array([0.0, 1.0, 0.0])

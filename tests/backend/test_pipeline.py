@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -269,3 +272,17 @@ def test_mesh_facts_see_holes_and_shells() -> None:
     assert not pipeline.mesh_facts(np.concatenate([tetrahedron[:3], tetrahedron[3:, ::-1]]), 4)["closed"]
     two = np.concatenate([tetrahedron, tetrahedron + 4])
     assert pipeline.mesh_facts(two, 8) == {"faces": 8, "closed": True, "components": 2}
+
+
+def test_the_same_bytes_on_any_number_of_threads() -> None:
+    """A farm's machines differ in processors; sums that hang on how work is split would differ with them."""
+    code = ("import hashlib; from backend import families, packet, pipeline; from backend.protocol import parse_request;"
+            "from backend.settings import Settings; model = families.load('capsule', 'cpu', Settings.load());"
+            "asset = pipeline.generate(parse_request({'family': 'capsule', 'seed': 3, 'texture_size': 512}), model)[0];"
+            "print(hashlib.sha256(packet.to_glb(asset)).hexdigest())")  # fmt: skip
+    found = []
+    for threads in ("1", "3"):
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+        env = {**os.environ, **dict.fromkeys(names, threads)}
+        found.append(subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True).stdout)
+    assert found[0] == found[1]
