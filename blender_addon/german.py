@@ -230,7 +230,7 @@ GERMAN: Final = {
     "Return when everybody is there. Always so in background mode": "Erst zurückkehren, wenn alle da sind. Im Hintergrundbetrieb immer so",
     "New Person": "Neue Person hier",
     "Make somebody new for each selected placement, with the same share of the mix. Nobody else changes": "Für jeden ausgewählten Platz jemand Neues erzeugen, mit demselben Anteil der Mischung. Sonst ändert sich niemand",
-    "Another Person": "Andere Person",
+    "Swap Person": "Person tauschen",
     "Let somebody else of the same crowd stand at each selected placement": "An jedem ausgewählten Platz jemand anderes derselben Menge stehen lassen",
     "Update LODs": "Stufen aktualisieren",
     "Give every placement of every crowd the level of detail for its distance to the camera": "Jedem Platz jeder Menge die Detailstufe für seinen Abstand zur Kamera geben",

@@ -101,7 +101,7 @@ def _draw_status(layout: Any, context: bpy.types.Context, state: Session | None)
         if preferences.found():
             row.operator("populace.start_backend", text="Start")
         else:
-            _draw_install(row)
+            _draw_install(row if _can_set_up() else box)  # the slim add-on's button is too long to stand beside
     if state is not None and state.trouble is not None:
         _draw_error(box, context, state.trouble)
         row = box.row(align=True)
@@ -115,10 +115,13 @@ def _draw_status(layout: Any, context: bpy.types.Context, state: Session | None)
 def _draw_install(layout: Any) -> None:
     """The slim add-on cannot set up a generator: there the user shows where it is."""
     row = layout.row(align=True)
-    can_set_up = hasattr(bpy.types, "POPULACE_OT_setup_backend")
-    if can_set_up:
+    if _can_set_up():
         row.operator("populace.setup_backend", text="Set Up")
-    row.operator("populace.choose_python", text="" if can_set_up else "Choose Python...", icon="FILEBROWSER")
+    row.operator("populace.choose_python", text="" if _can_set_up() else "Choose Python...", icon="FILEBROWSER")
+
+
+def _can_set_up() -> bool:
+    return hasattr(bpy.types, "POPULACE_OT_setup_backend")
 
 
 def _status(state: Session | None) -> tuple[str, str]:
@@ -175,7 +178,7 @@ def _draw_form(layout: Any, context: bpy.types.Context) -> None:
     seed.prop(form, "seed")
     row.operator("populace.new_seed", text="", icon="FILE_REFRESH")
     row.prop(form, "randomise_seed", text="", icon="UNLOCKED" if form.randomise_seed else "LOCKED")
-    column.prop(form, "prompt", placeholder="tall old woman, red shirt")
+    column.prop(form, "prompt", placeholder="old woman, red shirt")
     column.prop(form, "truncation_psi", slider=True)
     column.prop(form, "count")
     _draw_wishes(layout, context, form.family)

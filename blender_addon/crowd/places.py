@@ -52,7 +52,7 @@ class POPULACE_OT_swap_placement(bpy.types.Operator):
     """Let somebody else of the same crowd stand at each selected placement"""
 
     bl_idname = "populace.swap_placement"
-    bl_label = "Another Person"
+    bl_label = "Swap Person"
     bl_options = {"REGISTER", "UNDO"}  # noqa: RUF012
 
     step: IntProperty(name="Step", description="How many people further on in the crowd", default=1)

@@ -12,7 +12,7 @@ SHOWN = ("text", "title", "confirm_text", "message", "placeholder", "heading", "
 SPEAKING = ("iface", "told", "needs", "poll_message_set", "report")  # functions whose plain arguments are shown
 SILENT = {  # not translated, and why
     **dict.fromkeys(("Populace", "PyTorch", "NVIDIA GPU", "macOS", "PyPI", "download.pytorch.org"), "a name"),
-    **dict.fromkeys(("older, red shirt, no hat", "tall old woman, red shirt", "weight, muscle"),
+    **dict.fromkeys(("older, red shirt, no hat", "old woman, red shirt", "weight, muscle"),
                     "an example of what the generator understands, which is English"),
 }  # fmt: skip
 _STORING = ("PopulaceHuman", "PopulaceVersion", "PopulaceMap")  # stored on people, seen by scripts and in no panel

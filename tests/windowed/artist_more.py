@@ -70,7 +70,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield from shot(gui, "21_colour_picker")
     yield from gui.click(left + 234, y - 258)
     yield from shot(gui, "22_colour_picked")
-    gui.key("Return")
+    yield from press(gui, "Body")  # a click beside the wheel closes it, and does nothing else
     yield from gui.until(settled(root, 3), PATIENCE_S)
     red, green, blue = json.loads(root.populace.attributes)["bottom_color"]
     assert green > max(red, blue), (red, green, blue)
@@ -113,7 +113,7 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 1
     _, seed = yield from seen(gui, "Seed")
     for away in ((left + 60, seed - 60), "Escape", (x, y)):
-        yield from gui.click(left + 108, seed + 21)
+        yield from gui.click(left + 119, seed + 21)
         if away == "Escape":
             gui.move(x, y)
             yield from shot(gui, "26_place_on_face")
@@ -136,7 +136,7 @@ def drive(gui: Any) -> Iterator[Any]:
     # A favourite: kept by the heart, made once more while nobody is active.
     yield from press(gui, "Output")
     _, y = yield from seen(gui, "Seed")
-    yield from gui.click(left + 121, y + 21)
+    yield from gui.click(left + 137, y + 21)
     yield 1
     nobody_active()
     bpy.context.scene.cursor.location = (1.1, 0, 0)

@@ -17,7 +17,7 @@ import bpy
 from mathutils import Vector
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gestures import SHOTS, look, nobody_active, over_view, press, seen
+from gestures import PATIENCE_S, SHOTS, SMALL, assign, fill, look, nobody_active, over_view, press, seen, shot
 
 PEOPLE = int(os.environ.get("PEOPLE", "20"))
 QUICK = "QUICK" in os.environ  # coarse people, for a slow machine
@@ -61,23 +61,19 @@ def stage() -> None:
 def field(gui: Any, label: str, text: str, away: int = 150) -> Iterator[Any]:
     """Type into the field right of a label."""
     x, y = yield from seen(gui, label)
-    yield from gui.click(x + away, y, count=2)
-    gui.key("ctrl+a")
-    gui.type(text)
-    gui.key("Return")
-    yield 0.4
+    yield from fill(gui, x + away, y, text)
 
 
 def drive(gui: Any) -> Iterator[Any]:
     stage()
-    look(gui, (0, -1, 0.8), 20)
+    look(gui, (0, -1, 0.8), 20, 1.25, 0.25)
+    gui.area().spaces.active.shading.show_cavity = True
     form = bpy.context.scene.populace_crowd
     if QUICK:
-        form.faces, form.grid_resolution, form.texture_size = 3000, 64, "512"
+        assign(form, SMALL | {"faces": 3000, "grid_resolution": 64})
     yield 1
     yield from press(gui, "Crowd")
-    yield 2.0
-    gui.shot(f"{SHOTS}/crowd_form.png")
+    yield from shot(gui, "crowd_form")
     yield from field(gui, "People", str(PEOPLE))
     yield from field(gui, "Placements", str(PLACES))
     assert (form.people, form.placements) == (PEOPLE, PLACES)
@@ -91,22 +87,17 @@ def drive(gui: Any) -> Iterator[Any]:
     yield 0.5
     gui.key("Return")
     yield from gui.until(lambda: form.surface is not None)
-    yield 0.5
-    gui.shot(f"{SHOTS}/crowd_filled.png")
+    yield from shot(gui, "crowd_filled")
     yield from press(gui, "Make")
     yield from gui.until(lambda: crowds())
-    yield 1.5
-    gui.shot(f"{SHOTS}/crowd_manikins.png")
-    yield from gui.until(lambda: arrived() >= PEOPLE // 3, timeout=600)
-    yield 1
-    gui.shot(f"{SHOTS}/crowd_progress.png")
-    yield from gui.until(lambda: arrived() >= PEOPLE, timeout=900)
-    yield 2
-    gui.shot(f"{SHOTS}/crowd_done.png")
+    yield from shot(gui, "crowd_manikins")
+    yield from gui.until(lambda: arrived() >= PEOPLE // 3, PATIENCE_S)
+    yield from shot(gui, "crowd_progress")
+    yield from gui.until(lambda: arrived() >= PEOPLE, 2 * PATIENCE_S)
+    yield from shot(gui, "crowd_done")
     look(gui, (0, -6, 0.9), 8, 1.45, 0.1)
     bpy.ops.populace.crowd_display(display="FULL")
-    yield 2
-    gui.shot(f"{SHOTS}/crowd_near.png")
+    yield from shot(gui, "crowd_near")
 
     # Ctrl+Z undoes the crowd at once, and Ctrl+Shift+Z brings it back with everybody.
     bpy.ops.populace.crowd_display(display="LIGHT")
@@ -118,11 +109,12 @@ def drive(gui: Any) -> Iterator[Any]:
         yield 3
     print(f"undo steps to the empty square: {steps}")
     assert not crowds()
-    gui.shot(f"{SHOTS}/crowd_undone.png")
+    yield from shot(gui, "crowd_undone")
     gui.key("ctrl+shift+z")
     yield from gui.until(lambda: crowds())
     yield 2
     assert arrived() == PEOPLE, "one step holds everybody"
+    form = bpy.context.scene.populace_crowd  # undo made another scene of it
 
     # Live levels of detail: the button beside Update LODs, then the camera goes far away and comes back.
     box = gui.box(gui.region("UI"))
@@ -134,12 +126,10 @@ def drive(gui: Any) -> Iterator[Any]:
     assert len(set(near)) > 1, "near ones are finer than far ones"
     camera.location = (0, -90, 3.2)
     yield from gui.until(lambda: set(levels()) == {form.lods - 1}, timeout=30)
-    yield 1
-    gui.shot(f"{SHOTS}/crowd_camera_far.png")
+    yield from shot(gui, "crowd_camera_far")
     camera.location = home
     yield from gui.until(lambda: levels() == near, timeout=30)
-    yield 1
-    gui.shot(f"{SHOTS}/crowd_camera_near.png")
+    yield from shot(gui, "crowd_camera_near")
 
     # Another person at one place, by the button.
     place = min((o for o in crowds()[0].objects if "populace_placement" in o), key=lambda o: o.location.y)
@@ -149,11 +139,9 @@ def drive(gui: Any) -> Iterator[Any]:
     place.select_set(True)
     bpy.context.view_layer.objects.active = place
     look(gui, tuple(place.location + Vector((0, 0, 0.9))), 4, 1.45, 0.0)
-    yield 2
-    gui.shot(f"{SHOTS}/crowd_before_reseed.png")
+    yield from shot(gui, "crowd_before_reseed")
     yield from press(gui, "New")
-    yield from gui.until(lambda: place["populace_person"] != before and arrived() >= people(), timeout=420)
-    yield 2
-    gui.shot(f"{SHOTS}/crowd_after_reseed.png")
+    yield from gui.until(lambda: place["populace_person"] != before and arrived() >= people(), PATIENCE_S)
+    yield from shot(gui, "crowd_after_reseed")
     assert others == {o.name: o.instance_collection.name for o in crowds()[0].objects if o.name in others}
     bpy.ops.wm.save_as_mainfile(filepath=f"{SHOTS}/crowd.blend")

@@ -26,6 +26,12 @@ def module(name: str) -> ModuleType:
     return sys.modules[next(full for full in sys.modules if full.endswith(f".populace.{name}"))]
 
 
+def preferences() -> Any:
+    """The add-on's own."""
+    addons = bpy.context.preferences.addons
+    return next(addons[name].preferences for name in addons.keys() if name.endswith(".populace"))  # noqa: SIM118
+
+
 def people() -> list[Any]:
     return [o for o in bpy.data.objects if o.populace.uuid]
 
@@ -109,6 +115,21 @@ def connect(gui: Any) -> Iterator[float]:
     """To the generator that runs, until its attributes are known."""
     bpy.ops.populace.start_backend()
     yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
+
+
+def generator_ready(gui: Any) -> Iterator[float]:
+    session = module("tasks").session
+    yield from gui.until(lambda: session() is not None and session().link.value == "ready", PATIENCE_S)
+    yield from gui.until(lambda: session().health.worker in ("ready", "busy"), PATIENCE_S)
+    yield 1
+
+
+def chore_ended(gui: Any, phase: str = "done", patience_s: float = 1800) -> Iterator[float]:
+    """A set-up or a download, as it should end."""
+    current = module("chores").current
+    yield from gui.until(lambda: current() is not None and current().ended, patience_s)
+    assert current().phase.value == phase, (current().phase, current().error)
+    yield 1
 
 
 def nobody_active() -> None:

@@ -12,47 +12,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bpy
 
-SHOTS = os.environ.get("SHOTS", "shots")
-PATIENCE_S = float(os.environ.get("PATIENCE_S", "1800"))
-PACKAGE = next(name for name in bpy.context.preferences.addons.keys() if name.endswith(".populace"))  # noqa: SIM118
-
-
-def module(name: str) -> Any:
-    return sys.modules[f"{PACKAGE}.{name}"]
-
-
-def press(gui: Any, word: str, nth: int = 0, tries: int = 3) -> Iterator[float]:
-    """A button anywhere in the window, by a word of its label."""
-    while True:
-        place = [(x, y) for text, x, y in gui.words() if text.strip(".,") == word]
-        if len(place) > nth:
-            break
-        tries -= 1
-        assert tries, (word, [text for text, _, _ in gui.words()])
-        yield 1
-    yield from gui.click(*place[nth])
-
-
-def ended(gui: Any, phase: str = "done") -> Iterator[float]:
-    chores = module("chores")
-    yield from gui.until(lambda: chores.current() is not None and chores.current().ended, timeout=PATIENCE_S)
-    assert chores.current().phase.value == phase, chores.current().error
-    yield 1
-
-
-def ready(gui: Any) -> Iterator[float]:
-    session = module("tasks").session
-    yield from gui.until(lambda: session() is not None and session().link.value == "ready", timeout=120)
-    yield from gui.until(lambda: session().health.worker in ("ready", "busy"), timeout=120)
-    yield 1
+sys.path.insert(0, str(Path(__file__).parent))
+import gestures
+from gestures import (
+    PATIENCE_S,
+    SMALL,
+    assign,
+    chore_ended,
+    generator_ready,
+    look,
+    module,
+    people,
+    press,
+    press_anywhere,
+    shot,
+)
 
 
 def off(gui: Any) -> Iterator[float]:
-    yield from gui.until(lambda: module("tasks").session().link.value == "off", timeout=60)
+    yield from gui.until(lambda: module("tasks").session().link.value == "off", PATIENCE_S)
     yield 1
 
 
@@ -61,57 +44,60 @@ def upgrade(gui: Any) -> Iterator[float]:
     chores, known = module("chores"), module("setup.operators").known
     old, new = known.installed["version"], known.version
     assert known.can_upgrade, (old, new)
-    gui.shot(f"{SHOTS}/can_upgrade.png")
+    yield from shot(gui, "can_upgrade")
     bpy.ops.populace.start_backend()
-    yield from ready(gui)
+    yield from generator_ready(gui)
     assert module("tasks").session().health.version == old
-    yield from gui.click_word("Upgrade")
-    yield from gui.until(lambda: known.plan_is_fresh, timeout=60)
-    yield 1.5
-    gui.shot(f"{SHOTS}/upgrade_dialog.png")
-    yield from press(gui, "Install")
-    yield from gui.until(chores.is_busy)
-    yield from ended(gui)
-    gui.shot(f"{SHOTS}/upgraded.png")
+    yield from press(gui, "Upgrade")
+    yield from gui.until(lambda: known.plan_is_fresh, PATIENCE_S)
+    yield from shot(gui, "upgrade_dialog")
+    yield from press_anywhere(gui, "Install", -1)
+    yield from gui.until(chores.is_busy, PATIENCE_S)
+    yield from gui.until(lambda: chores.current().stage == "Unpacking" or chores.current().ended, 1800)
+    yield from shot(gui, "upgrade_unpacking", 20)
+    yield from chore_ended(gui)
+    yield from shot(gui, "upgraded")
     assert known.installed["version"] == new
     assert chores.current().result["is_upgrade"]
     bpy.ops.populace.stop_backend()
     yield from off(gui)
     bpy.ops.populace.start_backend()
-    yield from ready(gui)
+    yield from generator_ready(gui)
     assert module("tasks").session().health.version == new
-    gui.shot(f"{SHOTS}/upgraded_ready.png")
+    yield from shot(gui, "upgraded_ready")
     bpy.ops.populace.stop_backend()
     yield from off(gui)
 
 
 def preferences(gui: Any) -> Iterator[float]:
-    """Back to the version from before, then away with both."""
+    """Back to the version from before, forward again without a download, then away with both."""
     chores, known = module("chores"), module("setup.operators").known
-    area, before = gui.area(), known.previous["version"]
+    area, before, after = gui.area(), known.previous["version"], known.installed["version"]
     area.ui_type = "PREFERENCES"
     bpy.context.preferences.active_section = "ADDONS"
     bpy.context.window_manager.addon_search = "Populace"
     yield 2
     place = [(x, y) for text, x, y in gui.words() if text == "Populace"]
     yield from gui.click(place[-1][0] - 60, place[-1][1])  # the triangle before the name
-    yield 2
-    gui.shot(f"{SHOTS}/preferences.png")
-    yield from press(gui, "Back")
-    yield from gui.until(chores.is_busy, timeout=20)
-    yield from ended(gui)
+    yield from shot(gui, "preferences", 2)
+    yield from press_anywhere(gui, "Back")
+    yield from gui.until(chores.is_busy)
+    yield from chore_ended(gui)
     assert known.installed["version"] == before
-    yield from ready(gui)  # at once
-    gui.shot(f"{SHOTS}/rolled_back.png")
-    yield from press(gui, "Stop")
+    yield from generator_ready(gui)  # at once
+    yield from shot(gui, "rolled_back")
+    yield from press_anywhere(gui, "Use")  # the newer one again
+    yield from gui.until(chores.is_busy)
+    yield from chore_ended(gui)
+    assert known.installed["version"] == after
+    yield from shot(gui, "forward_again")
+    yield from press_anywhere(gui, "Stop")
     yield from off(gui)
-    yield from press(gui, "Uninstall")
-    yield 1.5
-    gui.shot(f"{SHOTS}/uninstall_dialog.png")
-    yield from press(gui, "Uninstall")  # the dialog's, which covers the other
-    yield from gui.until(lambda: chores.current().result.get("freed_bytes", 0) > 1e9, timeout=120)
-    yield 1
-    gui.shot(f"{SHOTS}/uninstalled.png")
+    yield from press_anywhere(gui, "Uninstall")
+    yield from shot(gui, "uninstall_dialog")
+    yield from press_anywhere(gui, "Uninstall", -1)  # the dialog's
+    yield from gui.until(lambda: chores.current().result.get("freed_bytes", 0) > 1e9, PATIENCE_S)
+    yield from shot(gui, "uninstalled")
     assert not known.installed
     assert module("process").installed_python() is None
     chores.dismiss()
@@ -123,35 +109,34 @@ def folder(gui: Any) -> Iterator[float]:
     """Without a network, from a folder of wheels, by the file browser; then a person."""
     chores = module("chores")
     bpy.context.preferences.system.use_online_access = False
-    yield 1
-    gui.shot(f"{SHOTS}/offline_again.png")
-    yield from gui.click_word("Folder")
+    yield from shot(gui, "offline_again")
+    yield from press(gui, "Folder")
     yield 3
     browser = gui.area("FILE_BROWSER")
     browser.spaces.active.params.directory = os.environ["WHEELS"].encode()
-    yield 2
-    gui.shot(f"{SHOTS}/choose_folder.png")
+    yield from shot(gui, "choose_folder", 2)
     left, top, width, height = gui.box(gui.region("EXECUTE", browser))
     yield from gui.click(left + width - 60, top + height / 2)
-    yield from gui.until(chores.is_busy, timeout=20)
-    yield from ended(gui)
-    yield from ready(gui)
-    gui.shot(f"{SHOTS}/from_folder.png")
+    yield from gui.until(chores.is_busy)
+    yield from gui.until(lambda: chores.current().stage == "Unpacking" or chores.current().ended, 1800)
+    yield from shot(gui, "folder_unpacking", 20)
+    yield from chore_ended(gui)
+    yield from generator_ready(gui)
+    yield from shot(gui, "from_folder")
     assert module("tasks").session().health.version == module("setup.operators").known.version
     bpy.data.batch_remove(list(bpy.data.objects))
-    form = bpy.context.scene.populace
-    form.faces, form.grid_resolution, form.randomise_seed, form.seed = 8000, 128, False, 12
+    look(gui)
+    assign(bpy.context.scene.populace, SMALL | {"randomise_seed": False, "seed": 12})
     yield 1
-    yield from gui.click_word("Generate")
-    yield from gui.until(lambda: any(o.populace.uuid for o in bpy.data.objects), timeout=240)
-    yield 2
-    gui.shot(f"{SHOTS}/person_again.png")
+    yield from press(gui, "Generate")
+    yield from gui.until(people, PATIENCE_S)
+    yield from shot(gui, "person_again")
 
 
 def drive(gui: Any) -> Iterator[float]:
     os.environ["PATH"] = f"{os.environ['SETUP_PATH']}:{os.environ['PATH']}"
     bpy.context.preferences.system.use_online_access = True
-    addon = bpy.context.preferences.addons[PACKAGE].preferences
+    addon = gestures.preferences()
     addon.torch_index, addon.package_index = "pip", ""
     yield 1
     for step in os.environ.get("STEPS", "upgrade,preferences,folder").split(","):

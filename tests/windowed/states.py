@@ -8,7 +8,6 @@ two. Pictures go to the folder SHOTS. Ticks of the timer are measured on the way
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -21,8 +20,8 @@ from typing import Any
 import bpy
 import numpy as np
 
-SHOTS = os.environ.get("SHOTS", "shots")
-PATIENCE_S = 240
+sys.path.insert(0, str(Path(__file__).parent))
+from gestures import PATIENCE_S, SHOTS, SMALL, assign, connect, module, nobody_active, people, press, shot, widen
 
 
 def measured(tasks: Any) -> tuple[list[float], list[float]]:
@@ -50,35 +49,26 @@ def running_pid() -> int:
 
 def drive(gui: Any) -> Iterator[Any]:
     bpy.data.batch_remove(list(bpy.data.objects))
-    tasks = importlib.import_module(next(name for name in sys.modules if name.endswith("populace.tasks")))
-    left, top, _, height = gui.box(gui.region("UI"))
-    yield from gui.drag(left + 2, top + height * 0.7, left - 110, top + height * 0.7)
-    form = bpy.context.scene.populace
-    form.faces, form.grid_resolution, form.texture_size = 8000, 128, "512"
-    form.randomise_seed, form.seed, form.count, form.prompt = False, 12, 2, "woman, long hair, jeans"
-    bpy.ops.populace.start_backend()
-    yield from gui.until(lambda: hasattr(bpy.context.window_manager, "populace_sliders"), PATIENCE_S)
-    yield 1
-    gui.shot(f"{SHOTS}/idle.png")
+    tasks = module("tasks")
+    yield from widen(gui)
+    wanted = {"randomise_seed": False, "seed": 12, "count": 2, "prompt": "woman, long hair, jeans"}
+    assign(bpy.context.scene.populace, SMALL | wanted)
+    yield from connect(gui)
+    yield from shot(gui, "idle")
     ticks, inserts = measured(tasks)
-    yield from gui.click_word("Generate")
+    yield from press(gui, "Generate")
     yield from gui.until(lambda: any(job.status.fraction > 0.2 for job in tasks.listed_jobs()), PATIENCE_S)
-    yield 0.3
-    gui.shot(f"{SHOTS}/working.png")
-    yield from gui.until(lambda: sum(bool(o.populace.uuid) for o in bpy.data.objects) == 2, PATIENCE_S)
+    yield from shot(gui, "working", 0.3)
+    yield from gui.until(lambda: len(people()) == 2, PATIENCE_S)
     p50, p99 = np.percentile(sorted(ticks)[: -len(inserts)], (50, 99))  # those that insert are the longest ones
     found = {"ticks": len(ticks), "p50_ms": p50, "p99_ms": p99, "inserts_ms": inserts}
     Path(SHOTS, "ticks.json").write_text(json.dumps(found, indent=1), "utf-8")
-    bpy.ops.object.select_all(action="DESELECT")
-    bpy.context.view_layer.objects.active = None
-    yield 1.5
-    gui.shot(f"{SHOTS}/done.png")
+    nobody_active()
+    yield from shot(gui, "done")
     os.kill(running_pid(), signal.SIGKILL)
     yield from gui.until(lambda: tasks.session().link.value == "lost", 60)
-    yield 1
-    gui.shot(f"{SHOTS}/lost.png")
+    yield from shot(gui, "lost")
     yield from gui.until(lambda: Path(f"/proc/{running_pid()}").exists(), 120)
-    yield from gui.click_word("Restart")
+    yield from press(gui, "Restart")
     yield from gui.until(lambda: tasks.session().link.value == "ready", PATIENCE_S)
-    yield 1
-    gui.shot(f"{SHOTS}/back.png")
+    yield from shot(gui, "back")
