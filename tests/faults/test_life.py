@@ -181,6 +181,7 @@ STALE: dict[str, Any] = {"protocol": 1, "version": "0", "pid": os.getpid(), "por
      *(json.dumps(STALE | change).encode() for change in (
          {"port": 0}, {"port": "80"}, {"port": 99999}, {"token": "tökén"}, {"token": "a\r\nHost: b"}, {"token": 1},
          {"port": True}, {"more": 1}))],
+    ids=range(16),  # the contents name this process: they are no names that two runs share
 )  # fmt: skip
 def test_f33_bad_runtime_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / runtime.RUNTIME_FILE
