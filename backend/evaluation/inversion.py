@@ -4,7 +4,8 @@
 Every figure is taken twice: of what the encoder says at first glance, and after the fit. The person is compared in the
 pose of the photo, after the rigid motion and scale that bring the surfaces together (a photo knows no metres). Pictures
 are squares about the person on grey; new views are in flat colours. `psnr_db` is over the whole square, `person_db`
-over the pixels that either of both people covers.
+over the pixels that either of both people covers. Both people then get the same edit (`EDIT`) and are compared again:
+an edit that holds in every view leaves the pictures as near as they were.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch.nn import functional
 
 from backend.evaluation.features import extractor
 from backend.evaluation.images import psnr, ssim
-from backend.families.base import Encoded, PersonPhoto
+from backend.families.base import Encoded, Latents, PersonPhoto
 from backend.families.people.config import PARTS
 from backend.families.people.model import PeopleModel
 from backend.geometry.bake import smooth_normals
+from backend.latents import keep_maps
 from backend.photo.matting import find
 from backend.protocol import Inversion, PopulaceError
 from backend.training.photos import (
@@ -51,6 +53,7 @@ VIEWS = 8  # new ones, around the person, the photo's own left out
 GREY = 0.5
 SAMPLES, DENSE = 8000, 200_000  # points of a surface that ask, and that answer: these lie 3 mm apart
 FINE = 128  # cells of the surfaces that are compared
+EDIT = {"top_color": (0.1, 0.45, 0.35), "bottom_color": (0.55, 0.3, 0.15), "weight": 1.0}
 
 Array = np.ndarray
 
@@ -105,10 +108,15 @@ def run(
         case = make_case(model, i, photos)
         matted += case.matted
         for name, number in (("encoder", 0), ("fit", steps)):
+            codes_seconds = 0.0
+            if not number:  # the encoder alone, without the maps that are laid from the photo
+                begin = time.perf_counter()
+                model.encode(case.photos, Inversion(steps=0, texture=False))
+                codes_seconds = time.perf_counter() - begin
             begin = time.perf_counter()
             encoded = model.encode(case.photos, Inversion(steps=number))
-            seconds = time.perf_counter() - begin
-            each[name].append(_measure(model, case, encoded, features) | {"seconds": seconds})
+            seconds = {"seconds": time.perf_counter() - begin} | ({} if number else {"codes_seconds": codes_seconds})
+            each[name].append(_measure(model, case, encoded, features) | seconds)
             if number == steps == 0:
                 break
         show("photos", (i + 1) / count)
@@ -144,21 +152,39 @@ def _measure(
     c2w = np.array(encoded.camera["c2w"])
     out |= _from_the_photo(case, mine, ours, c2w, float(encoded.camera["fov_y_rad"]))
     first = math.atan2(*(case.views[0].c2w[:3, 3] - truth.mean(0))[[0, 2]])
-    pictures: dict[str, list[Array]] = {"mine": [], "theirs": []}
-    heads: dict[str, list[Array]] = {"mine": [], "theirs": []}
+    angles = [first + 2 * math.pi * n / (VIEWS + 1) for n in range(1, VIEWS + 1)]
+    views = [view_from(truth, angle, 0.05) for angle in angles]
+    sides = [(mine, placed), (case.figure, truth)]
+    pictures = [[take(figure, rotations, view, None, SQUARE, 2, at) for view in views] for figure, at in sides]
+    out |= {f"new_{k}": v for k, v in _compare(pictures[0], pictures[1], features).items()}
     crown = truth[case.figure.points[:, 1] > 1.42]
-    for n in range(1, VIEWS + 1):
-        angle = first + 2 * math.pi * n / (VIEWS + 1)
-        view, face = view_from(truth, angle, 0.05), view_from(crown, angle, 0.0, distance=2.5)
-        pictures["mine"].append(take(mine, rotations, view, None, SQUARE, 2, placed))
-        pictures["theirs"].append(take(case.figure, case.rotations, view, None, SQUARE, 2, truth))
-        if math.cos(angle - first) > 0.3:
-            heads["mine"].append(take(mine, rotations, face, None, SQUARE // 2, 2, placed))
-            heads["theirs"].append(take(case.figure, case.rotations, face, None, SQUARE // 2, 2, truth))
-    out |= {f"new_{k}": v for k, v in _compare(pictures["mine"], pictures["theirs"], features).items()}
-    out["face_db"] = _compare(heads["mine"], heads["theirs"], None)["psnr_db"]
+    faces = [view_from(crown, angle, 0.0, distance=2.5) for angle in angles if math.cos(angle - first) > 0.3]
+    heads = [[take(figure, rotations, view, None, SQUARE // 2, 2, at) for view in faces] for figure, at in sides]
+    out["face_db"] = _compare(heads[0], heads[1], None)["psnr_db"]
+    out |= _edited(model, case, encoded, (rotations, motion), views, pictures)
     out["garments"] = _same_garments(model, encoded, case.figure)
     return out
+
+
+def _edited(
+    model: PeopleModel, case: Case, encoded: Encoded, stands: tuple[Array, tuple[float, Array, Array]],
+    views: Sequence[View], before: Sequence[Sequence[Array]],
+) -> dict[str, float]:  # fmt: skip
+    """Both people with the same edit, in the same views: "edited_psnr_db", and "edit_drop_db", what the view that
+    suffers most has lost against the people without the edit."""
+    (rotations, (scale, turn, shift)), pictures = stands, []
+    truth = Latents("people", {k: torch.from_numpy(v) for k, v in case.figure.codes.items()})
+    for person, own, moved in ((encoded.latents, rotations, True), (truth, case.rotations, False)):
+        worn = {k: v for k, v in EDIT.items() if k.removesuffix("_color") not in PARTS
+                or f"{k.removesuffix('_color')}/shape" in person.codes}  # fmt: skip
+        figure = make_figure(model, keep_maps(person, model.edit(person, worn)), FINE)
+        vertices = stand(figure, own)
+        if moved:
+            vertices = (scale * vertices @ turn.T + shift).astype(np.float32)
+        pictures.append([take(figure, own, view, None, SQUARE, 2, vertices) for view in views])
+    lost = [_compare([a], [b], None)["psnr_db"] - _compare([c], [d], None)["psnr_db"]
+            for a, b, c, d in zip(*before, *pictures, strict=True)]  # fmt: skip
+    return {"edited_psnr_db": _compare(*pictures, None)["psnr_db"], "edit_drop_db": max(lost)}
 
 
 def _from_the_photo(case: Case, mine: Figure, ours: Array, c2w: Array, fov: float) -> dict[str, float]:

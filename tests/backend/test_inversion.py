@@ -397,3 +397,5 @@ def test_perfect_latents_are_measured_as_perfect(model):
     assert out["new_psnr_db"] > 35
     assert out["input_psnr_db"] > 28
     assert out["garments"] == 1
+    assert out["edited_psnr_db"] > 35
+    assert out["edit_drop_db"] < 4  # of more than 35
