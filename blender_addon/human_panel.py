@@ -215,10 +215,15 @@ class POPULACE_PT_history(_Panel, bpy.types.Panel):
         kept = history.favourites()
         if not kept:
             return
-        header, body = self.layout.panel("POPULACE_favourites", default_closed=root is not None)
-        header.label(text=f"{iface('Favourites')} ({len(kept)})", translate=False)
+        title = f"{iface('Favourites')} ({len(kept)})"
+        if root is None:  # nothing to fold away: whoever selects nobody looks for somebody
+            self.layout.label(text=title, icon="FUND", translate=False)
+            _draw_favourites(self.layout, kept, can_replace=False)
+            return
+        header, body = self.layout.panel("POPULACE_favourites", default_closed=True)
+        header.label(text=title, translate=False)
         if body is not None:
-            _draw_favourites(body, kept, root is not None)
+            _draw_favourites(body, kept, can_replace=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the pieces

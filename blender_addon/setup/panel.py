@@ -190,7 +190,8 @@ def draw_plan(layout: Any, operator: Any, context: bpy.types.Context) -> None:
         for text in filter(None, alerts):
             for line in _split(text):
                 box.label(text=line)
-    header, body = layout.panel("POPULACE_setup_options", default_closed=not plan["problem"])
+    options = "POPULACE_setup_problem" if plan["problem"] else "POPULACE_setup_options"  # each is kept as first shown
+    header, body = layout.panel(options, default_closed=not plan["problem"])
     header.label(text="Options")
     if body is not None:
         body.prop(operator, "build")

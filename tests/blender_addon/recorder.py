@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Layout:
-    """`texts`: all labels and progress texts. `buttons`: operator idnames. `props`: property names."""
+    """`texts`: all labels and progress texts. `buttons`: operator idnames. `props`: property names. `folding`: panels
+    in the layout, which Blender leaves as they were first drawn or last folded."""
 
     def __init__(self, bpy: Any, root: Layout | None = None) -> None:
         top = root or self
@@ -18,10 +19,12 @@ class Layout:
             self.buttons: list[str] = []
             self.props: list[str] = []
             self.icons: list[str] = []
+            self.folding: list[str] = []
             self._known_icons = set(
                 bpy.types.UILayout.bl_rna.functions["prop"].parameters["icon"].enum_items.keys())  # fmt: skip
         else:
             self.texts, self.buttons, self.props, self.icons = root.texts, root.buttons, root.props, root.icons
+            self.folding = root.folding
             self._known_icons = root._known_icons
 
     def _inner(self, **_: Any) -> Layout:
@@ -30,6 +33,7 @@ class Layout:
     row = column = box = split = grid_flow = _inner
 
     def panel(self, idname: str, default_closed: bool = False) -> tuple[Layout, Layout]:
+        self._root.folding.append(idname)
         return self._inner(), self._inner()
 
     def separator(self) -> None: ...

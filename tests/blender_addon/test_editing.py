@@ -17,6 +17,7 @@ import pytest
 
 from tests.blender_addon import making
 from tests.blender_addon.conftest import PACKAGE, REPOSITORY
+from tests.blender_addon.recorder import Layout
 from tests.blender_addon.test_blender import people, pump_until
 from tests.blender_addon.test_end_to_end import SMALL
 from tests.blender_addon.test_scene import counts, read
@@ -232,14 +233,24 @@ def test_saving_during_a_preview_saves_the_person(at_work: SimpleNamespace, tmp_
     assert not any(at_work.replacing.ORIGINAL in mesh for mesh in bpy.data.meshes)
 
 
+def history_of(addon: SimpleNamespace) -> Layout:
+    layout = Layout(addon.bpy)
+    addon.human_panel.POPULACE_PT_history.draw.__wrapped__(SimpleNamespace(layout=layout), addon.bpy.context)
+    return layout
+
+
 def test_favourite_is_there_in_another_file(at_work: SimpleNamespace) -> None:
     bpy = at_work.bpy
     root = create(at_work, seed=8)
     was = read(body(root).data.vertices, "co", 3)
     bpy.ops.populace.add_favourite(name="Grace")
+    assert "POPULACE_favourites" in history_of(at_work).folding
     bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
     kept = next(f for f in at_work.history.favourites() if f.name == "Grace")
     assert kept.key
+    shown = history_of(at_work)  # nobody is active: what was folded while somebody was does not hide them
+    assert "Grace" in shown.texts
+    assert not shown.folding
     bpy.ops.populace.use_favourite(favourite=kept.id)
     assert np.array_equal(read(body(people(bpy)[0]).data.vertices, "co", 3), was)
     bpy.ops.populace.remove_favourite(favourite=kept.id)

@@ -107,10 +107,10 @@ def drive(gui: Any) -> Iterator[Any]:
     bpy.context.view_layer.objects.active = root
     bpy.ops.ed.undo_push(message="Table")
     look(gui, (0.5, 0, 0.95), 5, 1.2)
+    yield 2  # the view's matrices are of what was drawn last
     view = gui.region("WINDOW")
     target = view3d_utils.location_3d_to_region_2d(view, gui.area().spaces.active.region_3d, (1.3, 0, 0.8))
     x, y = view.x + target[0], gui.window.height - view.y - target[1]
-    yield 1
     _, seed = yield from seen(gui, "Seed")
     for away in ((left + 60, seed - 60), "Escape", (x, y)):
         yield from gui.click(left + 119, seed + 21)
