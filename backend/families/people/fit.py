@@ -40,6 +40,7 @@ SCALES = 4  # halvings of the pictures that are compared
 GRID = 72  # cells of the surface that is fitted
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
 GAIN = 3.5  # largest log of what a palette is multiplied by at once
+LEAST = 1e-3  # share of the square that a part must fill to tell its colours
 PRIORS = {"shape": 0.004, "pose": 3e-3}
 DOUBTS = {"upperarm": 0.3, "lowerarm": 0.35, "hand": 0.2, "thigh": 0.12, "calf": 0.12, "foot": 0.12, "head": 0.15}
 """Radians by which the encoder errs about each joint (one standard deviation), the others by 0.07."""
@@ -201,6 +202,12 @@ class Fit:
     @torch.no_grad()
     def solve_colors(self, size: int = 160) -> None:
         """Every part's palette times what the photos show of it over what was drawn; the light's strength stays."""
+        for label, gain in self._gains(size).items():
+            self._recolor(self.parts[label], gain)
+        self.refresh()
+
+    def _gains(self, size: int) -> dict[int, Float[Tensor, " 3"]]:
+        """Linear colours of the photos over those drawn, by part: medians over its pixels, means over the photos."""
         ratios: dict[int, list[Tensor]] = {}
         for sitting in self.sittings:
             seen, _, _ = self.look(sitting, size)
@@ -208,19 +215,18 @@ class Fit:
             shaded = seen.albedo * (seen.shading @ _lit(sitting)).clamp(min=0.05)
             for label in range(len(self.parts)):
                 at = sure & (seen.labels == label)
-                if int(at.sum()) >= 20:
+                if int(at.sum()) >= LEAST * size**2:
                     ratio = (colors[at] + 0.01).log().median(0).values - (shaded[at] + 0.01).log().median(0).values
                     ratios.setdefault(label, []).append(ratio)
-        for label, found in ratios.items():
-            gain = torch.stack(found).mean(0).clamp(-GAIN, GAIN).exp()
-            part = self.parts[label]
-            code = self.codes[f"{part}/tex"]
-            palette = to_srgb(to_linear(code[0, :3].clamp(0.02, 1)) * gain)
-            scale = palette / code[0, :3].clamp(min=0.02)
-            code[0, :3] = palette
-            if part != "body":
-                code[0, 3:6] = (code[0, 3:6] * scale).clamp(-0.2, 1)
-        self.refresh()
+        return {label: torch.stack(found).mean(0).clamp(-GAIN, GAIN).exp() for label, found in ratios.items()}
+
+    def _recolor(self, part: str, gain: Float[Tensor, " 3"]) -> None:
+        code = self.codes[f"{part}/tex"]
+        palette = to_srgb(to_linear(code[0, :3].clamp(0.02, 1)) * gain)
+        scale = palette / code[0, :3].clamp(min=0.02)
+        code[0, :3] = palette
+        if part != "body":
+            code[0, 3:6] = (code[0, 3:6] * scale).clamp(-0.2, 1)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -329,23 +335,11 @@ class Fit:
     @torch.no_grad()
     def solve_part(self, part: str, size: int = 96) -> None:
         """The palette of one part from the photos, without drawing it anew: its colours follow linearly enough."""
-        if f"{part}/tex" not in self.codes or part == "body":
+        label = self.parts.index(part) if part in self.parts else -1
+        gain = self._gains(size).get(label)
+        if gain is None:
             return
-        label, ratios = self.parts.index(part), []
-        for sitting in self.sittings:
-            seen, _, _ = self.look(sitting, size)
-            colors, sure = self.photo_at(sitting, seen)
-            at = sure & (seen.labels == label)
-            if int(at.sum()) >= 12:
-                shaded = seen.albedo[at] * (seen.shading[at] @ _lit(sitting)).clamp(min=0.05)
-                ratios.append((colors[at] + 0.01).log().median(0).values - (shaded + 0.01).log().median(0).values)
-        if not ratios:
-            return
-        gain = torch.stack(ratios).mean(0).clamp(-GAIN, GAIN).exp()
-        code = self.codes[f"{part}/tex"]
-        palette = to_srgb(to_linear(code[0, :3].clamp(0.03, 1)) * gain)
-        scale = palette / code[0, :3].clamp(min=0.03)
-        code[0, :3], code[0, 3:6] = palette, (code[0, 3:6] * scale).clamp(-0.2, 1)
+        self._recolor(part, gain)
         mine = (self.surface.labels == label)[:, None]
         self.surface = replace(self.surface, albedo=torch.where(mine, self.surface.albedo * gain, self.surface.albedo))
 
