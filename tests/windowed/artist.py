@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The artist's workflows by mouse and keys in a real window, a picture of each state: create, slide with a preview,
-re-roll a part, lock one, choose a variant, go back in the history, favourites, mix, mark as assets.
+re-roll a part, lock one, choose a variant, go back in the history, mix, mark as assets.
 
-A driver: whatever runs it gives `gui` (shot, click, click_word, drag, key, type, until, region) and has opened the tab
-"Populace" in Blender with the add-on, in a window 1700 pixels high so that all panels are in sight. It wants a
-generator that runs already. Pictures go to the folder SHOTS.
+A driver, see README.md, for a window 1700 pixels high, so that all panels are in sight, and a generator that runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """More of the artist's workflows by mouse and keys in a real window, a picture of each: words and the colour picker on
-the active human, output options, favourites, a part of somebody else, "Copy as Python", an asset library.
+the active human, output options, "Copy as Python", onto the face under the mouse, favourites, a part of somebody else,
+an asset library.
 
-A driver, see `artist.py`: a window 1700 pixels high, a generator that runs already, pictures go to the folder SHOTS.
+A driver, see README.md, for a window 1700 pixels high and a generator that runs.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def drive(gui: Any) -> Iterator[Any]:
     other.select_set(True)
     root.select_set(True)
     bpy.context.view_layer.objects.active = root
-    yield from shot(gui, "30_two_selected")
+    yield from shot(gui, "30_two_selected", 3)
     yield from press(gui, "Hair", 1)
     yield from gui.until(settled(root, 5), PATIENCE_S)
     assert root.populace.versions[-1].label == "Other hair"
@@ -171,7 +172,7 @@ def drive(gui: Any) -> Iterator[Any]:
     folder = Path(SHOTS).resolve() / "library"
     other.select_set(True)
     yield from press(gui, "Assets")
-    yield 1
+    yield 3  # until the panel has slid open
     _, y = yield from seen(gui, "Library")
     yield from fill(gui, left + 170, y, str(folder))
     assert Path(bpy.context.scene.populace_assets.folder) == folder, bpy.context.scene.populace_assets.folder

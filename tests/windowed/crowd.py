@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Makes a crowd by mouse in a real window, on a plane, and photographs it: in progress, done, one person changed.
+"""Makes a crowd by mouse in a real window, on a plane, and photographs it: in progress, done, undone, seen by a camera
+that goes away and comes back, one person changed.
 
-A driver: whatever runs it gives `gui` (shot, click, click_word, key, type, until, region) and has opened the tab. It
-wants a generator that runs already. Pictures go to the folder SHOTS.
+A driver, see README.md, for a generator that runs: PEOPLE in PLACES, coarse ones with QUICK.
 """
 
 from __future__ import annotations

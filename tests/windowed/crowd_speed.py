@@ -2,7 +2,7 @@
 """Measures a crowd in a real window: 500 placements of 20 people. Frames per second while the view turns, the longest
 tick while people arrive, the size of the file. Writes crowd_speed.json to the folder SHOTS.
 
-A driver, see crowd.py; it wants a generator that runs already. The machine's own speed is in the first number, that of
+A driver, see README.md, for a generator that runs. The machine's own speed is in the first number, that of
 the empty scene.
 """
 

@@ -18,6 +18,7 @@ from mathutils import Quaternion, Vector
 
 SHOTS = os.environ.get("SHOTS", "shots")
 PATIENCE_S = float(os.environ.get("PATIENCE_S", "420"))
+LINE = 16  # pixels that two lines are apart at least
 SMALL = {"faces": 8000, "grid_resolution": 128, "texture_size": "512"}  # a person that is made soon
 
 
@@ -67,15 +68,16 @@ def over_view(gui: Any) -> Iterator[float]:
 
 
 def seen(gui: Any, word: str, nth: int = 0, region: Any = None, tries: int = 10) -> Iterator[Any]:
-    """Where a word is once it is drawn, in the sidebar or another region: `x, y = yield from seen(...)`."""
+    """Where a word is once it is drawn, in the sidebar or another region, the `nth` as one reads:
+    `x, y = yield from seen(...)`."""
     while True:
-        try:
-            return gui.find_word(word, region or gui.region("UI"), nth)
-        except RuntimeError:
-            tries -= 1
-            if not tries:
-                raise
-            yield 1
+        words = gui.words(region or gui.region("UI"))
+        found = [(x, y) for text, x, y in words if word.lower() in text.lower()]
+        if len(found) > nth:
+            return sorted(found, key=lambda place: (round(place[1] / LINE), place[0]))[nth]
+        tries -= 1
+        assert tries, (word, [text for text, _, _ in words])
+        yield 1
 
 
 def press(gui: Any, word: str, nth: int = 0, region: Any = None) -> Iterator[float]:

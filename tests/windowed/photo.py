@@ -2,7 +2,7 @@
 """A person from a photo by mouse in a real window, a picture of each state: the button, the file browser, the stages,
 the person in the photo's pose through its camera, rest and back, an edit, the options of a drop, an error.
 
-A driver, see `artist.py`; PHOTO is a picture of a person before a plain background, FAMILY the family that reads it.
+A driver, see README.md; PHOTO is a picture of a person before a plain background, FAMILY the family that reads it.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 """Sets up the generator by mouse in a real window with a fresh profile, photographs every state of it, and makes a
 person with what was set up: offline, no Python, consent, progress, cancelled, done, ready, a person, an error.
 
-A driver: whatever runs it gives `gui` (shot, click, click_word, words, until, region) and has opened the tab. It wants
-the full zip, a POPULACE_HOME that is empty, and in SETUP_PATH a folder with a Python that Populace can use.
-Packages come from where pip is configured to look. Pictures go to the folder SHOTS. `setup_later.py` goes on.
+A driver, see README.md. It wants the full zip, a POPULACE_HOME that is empty, no Python that Populace can use on the
+PATH and a folder with one in SETUP_PATH. Packages come from where pip is configured to look. `setup_later.py` goes on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What comes after the set-up, by mouse in a real window: an add-on that brings a newer generator, upgrade, roll back,
-uninstall, set up again from a folder of wheels, each with a picture, and a person made at the end.
+"""What comes after the set-up, by mouse in a real window: an add-on that brings a newer generator, upgrade, roll back
+and forward, uninstall, set up again from a folder of wheels, each with a picture, and a person made at the end.
 
 A driver, see `setup.py`: it wants the POPULACE_HOME that `setup.py` left, the full zip of another version, SETUP_PATH
 as there, and in WHEELS a folder filled by `pip download --only-binary :all: -d FOLDER populace-VERSION.whl`. STEPS

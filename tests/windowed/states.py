@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The states of the panel in a real window, a picture of each: idle, working, done, the generator lost, and back.
 
-A driver: whatever runs it gives `gui` (shot, click_word, until) and has opened the tab. It wants a generator that runs
-already with the POPULACE_HOME of this process; the driver ends it, and somebody must start another within a minute or
-two. Pictures go to the folder SHOTS. Ticks of the timer are measured on the way: ticks.json.
+A driver, see README.md. It wants a generator that runs with the POPULACE_HOME of this process; the driver ends it, and
+somebody must start another within a minute or two. Ticks of the timer are measured on the way: ticks.json.
 """
 
 from __future__ import annotations
