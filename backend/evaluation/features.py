@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backend.evaluation.images import shrink
+from backend.evaluation.metrics import frechet_distance
 from backend.protocol import PopulaceError
 
 NAME = "scattering-v1"
@@ -38,6 +39,7 @@ ORIENTATIONS = 4
 RADIUS = 4  # of the filters, pixels
 DIMENSIONS = 96
 LIMIT = 5.0
+SMALLEST = 64  # pixels along a side that the filters need
 BATCH = 32
 
 Extractor = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B D"]]
@@ -121,6 +123,26 @@ class Scale:
 
     def __call__(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N K"]:
         return self.whole(features) @ self.turn / math.sqrt(len(self.mean))
+
+
+class Target:
+    """Pictures that others are to be like. Their own spread is the unit: compare distances to one target only."""
+
+    def __init__(self, pictures: Float[Tensor, "N 3 H W"]) -> None:
+        found = scattering(enlarged(pictures)).numpy()
+        self.scale = Scale.of(found)
+        self._own = self.scale(found)
+
+    def distance(self, pictures: Float[Tensor, "M 3 H W"]) -> float:
+        """The Frechet distance."""
+        return frechet_distance(self.scale(scattering(enlarged(pictures)).numpy()), self._own)
+
+
+def enlarged(pictures: Float[Tensor, "N C R R"], least: int = SMALLEST) -> Float[Tensor, "N C S S"]:
+    """To `least` pixels if they are smaller."""
+    if pictures.shape[-1] >= least:
+        return pictures
+    return functional.interpolate(pictures, (least, least), mode="bilinear", antialias=True)
 
 
 def extractor(inception: Path | None = None) -> tuple[str, Extractor]:

@@ -142,6 +142,9 @@ class EncoderStage:
         self.pelvis = bones.index("pelvis")
         self._queue: tuple[int, Iterator[dict[str, Tensor]]] | None = None
 
+    def before(self) -> dict[str, float]:
+        return {}
+
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         share = 0.5 * (1 + math.cos(math.pi * min(step / self.settings.steps, 1)))
         for group in self.optimiser.param_groups:

@@ -49,7 +49,7 @@ def get3d(args: argparse.Namespace, device: torch.device, world: loop.World) -> 
     return 130 if outcome.stopped == "interrupted" else 0
 
 
-HUMAN_SHARES = {"teacher": 0.4, "shape": 0.25, "texture": 0.25, "refine": 0.1}  # of the minutes
+HUMAN_SHARES = {"teacher": 0.35, "shape": 0.28, "texture": 0.28, "refine": 0.09}  # of the minutes
 
 
 def get3dhuman(args: argparse.Namespace, device: torch.device, world: loop.World) -> int:
@@ -88,6 +88,8 @@ def get3dhuman(args: argparse.Namespace, device: torch.device, world: loop.World
         if world.rank == 0 and name == "teacher":
             _keep(args, "teacher", stage.teacher.state_dict(), {})
         elif world.rank == 0:
+            if name != "refine":
+                student.load_state_dict(stages.finished(stage.state()))
             stages.settle(student)
             state = {k: v for k, v in student.state_dict().items() if not k.startswith("Dis_")}
             if name == "refine":
@@ -102,14 +104,19 @@ def get3dhuman(args: argparse.Namespace, device: torch.device, world: loop.World
 
 def _take_up(folder: Path, name: str, student: Any, teacher: Any) -> None:
     """What the stages before `name` left. Raises PopulaceError("not_found") if one has not run."""
+    from backend.families.get3dhuman.stages import finished
+
     needed = {"shape": ("teacher",), "texture": ("teacher", "shape"), "refine": ("texture",)}.get(name, ())
     for earlier in needed:
         path = folder / earlier / loop.CHECKPOINT
         if not path.exists():
             raise PopulaceError("not_found", f"The stage {name} begins where {earlier} ends, which has not run in "
                                 f"{folder}.", f"Run it first: --stage {earlier}.")  # fmt: skip
-        module, prefix = (teacher, "teacher") if earlier == "teacher" else (student, "student")
-        module.load_state_dict(checkpoint.under_prefix(prefix, checkpoint.load(path)[0]))
+        state = checkpoint.load(path)[0]
+        if earlier == "teacher":
+            teacher.load_state_dict(checkpoint.under_prefix("teacher", state))
+        else:
+            student.load_state_dict(finished(state))
 
 
 def _read(args: argparse.Namespace, maps: bool = False) -> renders.Renders:

@@ -107,6 +107,9 @@ class Game(ABC):
     @abstractmethod
     def sheet(self) -> np.ndarray | None: ...
 
+    def before(self) -> dict[str, float]:
+        return {}
+
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         kept: list[Fakes] = []
 

@@ -59,6 +59,10 @@ class Stage(Protocol):
     name: str
     batch: int  # samples of a step, over all processes
 
+    def before(self) -> dict[str, float]:
+        """Figures of a run that has not begun, asked of the process that writes: where its curves start."""
+        ...
+
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         """The phases of one step on this process's share of the batch. Each is asked for after the one before it."""
         ...
@@ -179,6 +183,8 @@ def run(
     outcome, bad, figures = Outcome(steps, "steps"), 0, {}
     first = steps
     with _interrupts() as interrupted, contextlib.closing(writer) if writer else contextlib.nullcontext():
+        if writer and steps == 0 and (begun := stage.before()):
+            writer.figures(0, begun)
         while steps < box.max_steps:
             now = time.monotonic()
             late, stop = world.total([now - start >= box.minutes * 60, interrupted.is_set()], _device(stage))

@@ -13,7 +13,7 @@ import torch
 
 from backend.__main__ import main
 from backend.families.get3dhuman import losses
-from backend.families.get3dhuman.config import to_ndc, to_world
+from backend.families.get3dhuman.config import DISTANCE, SCALE, to_ndc, to_world
 from backend.families.get3dhuman.networks import Get3DHuman
 from backend.families.get3dhuman.people import People, to_picture
 from backend.families.get3dhuman.stages import SIZES, DistillStage, RefineStage, TeacherStage
@@ -72,9 +72,14 @@ def test_inside_is_what_no_view_sees_through(people: People, folder: tuple[Path,
     assert 0.2 < float(value.mean()) < 0.8
     clear = np.abs(radius - 1) * half.min() > 0.08  # a pixel is 7 cm
     truth = (radius > 1)[clear]
-    wrong = value.numpy()[clear].astype(bool) != truth
+    wrong = (value.numpy()[clear] > 0.5) != truth
     assert wrong[truth].mean() < 0.1  # four views leave corners of their common prism
     assert wrong[~truth].mean() < 0.01
+    depth = np.abs(radius - 1) * half.min() * 100 * SCALE  # ndc, less than the way to the surface
+    told = (2 * value.numpy() - 1) * DISTANCE
+    assert np.abs(told[clear & (radius < 1)] + depth[clear & (radius < 1)]).mean() < 0.05
+    assert value.numpy().min() < 0.2  # deep inside
+    assert (value.numpy() == 1).any()
 
 
 def test_colours_are_of_the_surface(people: People, folder: tuple[Path, Known]) -> None:
@@ -92,11 +97,26 @@ def test_colours_are_of_the_surface(people: People, folder: tuple[Path, Known]) 
 def test_codes_begin_with_what_is_known(people: People) -> None:
     item = people.items[2]
     one, two = people.z(item, 16, "shape"), people.z(item, 16, "texture")
-    assert one[:4].tolist() == pytest.approx(item.code)
     assert torch.equal(one[:4], two[:4])
     assert not torch.equal(one[4:], two[4:])
     assert torch.equal(one, people.z(item, 16, "shape"))
     assert len(people.z(item, 3, "shape")) == 3
+
+
+def test_codes_are_standard_normal_together(people: People) -> None:
+    """Three numbers that say almost the same, one that is rare, one that everybody has: as colours and words are."""
+    rng = np.random.default_rng(0)
+    same, found = rng.standard_normal(len(people.items)), []
+    for i, item in enumerate(people.items):
+        code = [*(same[i] + 0.1 * rng.standard_normal(3)), 5.0 if i == 3 else -0.9, 0.7, rng.standard_normal()]
+        found.append(renders.Item(item.name, item.cameras, item.unit_m, tuple(code)))
+    told = People(replace(people.renders, items=tuple(found)))
+    known = np.array([told.z(item, 9, "shape").numpy() for item in found if not item.held_out])[:, :5]
+    assert np.abs(known.mean(0)).max() < 0.2
+    assert np.abs(np.cov(known, rowvar=False) - np.eye(5)).max() < 0.3
+    assert abs(np.corrcoef(known[:, 0], [i.code[0] for i in found if not i.held_out])[0, 1]) > 0.9  # alike stays alike
+    bare = People(replace(people.renders, items=tuple(replace(item, code=()) for item in found)))
+    assert bool(torch.isfinite(bare.z(bare.items[0], 9, "shape")).all())
 
 
 def steps(stage: TeacherStage | DistillStage | RefineStage, count: int) -> list[dict[str, float]]:
@@ -113,11 +133,11 @@ def test_the_teacher_learns_all_five_things(people: People) -> None:
     settings = replace(TINY, batch=4, points=256, measure_every=1000)
     stage = TeacherStage(people, settings, 0, CPU)
     before = stage.measure()
-    steps(stage, 60)
+    steps(stage, 100)
     after = stage.measure()
-    assert before.keys() == after.keys() == {"mask", "normal", "depth", "occupancy", "color"}
-    for name in ("depth", "occupancy", "color"):
-        assert after[name] < 0.95 * before[name], name
+    assert before.keys() == after.keys()
+    for name, share in {"mask": 0.95, "normal": 0.5, "depth": 0.5, "occupancy": 0.65, "color": 0.85}.items():
+        assert after[name] < share * before[name], name
 
 
 @pytest.mark.parametrize("branch", ["shape", "texture"])
@@ -128,10 +148,13 @@ def test_a_branch_learns_from_codes(people: People, branch: Branch) -> None:
     stage = DistillStage(people, replace(TINY, measure_every=1000), student, teacher.teacher, branch, 0, CPU)
     before = stage.measure()
     told = steps(stage, 40)
-    assert stage.measure()["latent"] < 0.7 * before["latent"]
+    after = stage.measure()
+    assert after["latent"] < 0.65 * before["latent"]
+    assert math.isfinite(after["frechet"])
+    assert stage.bounds().keys() == {"real", "teacher"}
     assert "path/loss" in told[0]
     assert "path/loss" not in told[1]
-    assert stage.sheet(2).shape == (128, 64, 3)
+    assert stage.sheet(2).shape == (160, 64, 3)
 
 
 def test_resumed_distillation_ends_with_the_same_bytes(people: People, tmp_path: Path) -> None:
@@ -155,7 +178,7 @@ def test_refined_pictures_come_nearer(people: People) -> None:
     stage = RefineStage(people, replace(TINY, batch=4), student, 0, CPU)
     assert stage.measure().keys() == {"fool", "matching", "moduli", "difference", "before"}
     told = [figures["refine/difference"] for figures in steps(stage, 40)]
-    assert sum(told[-5:]) < sum(told[:5])
+    assert sum(told[-5:]) < 0.95 * sum(told[:5])
     assert stage.sheet(2).shape == (96, 64, 3)
 
 

@@ -38,6 +38,10 @@ class Regression:
         self.optimiser = torch.optim.Adam([*self.net.parameters(), *self.spare.parameters()], 0.05)
         self.average = checkpoint.MovingAverage(dict(self.net.named_parameters()), 20)
         self.after_step = None
+        self.tells = False
+
+    def before(self) -> dict[str, float]:
+        return {"start": float(self.net.weight.detach().sum())} if self.tells else {}
 
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         def loss() -> tuple[Tensor, dict[str, float]]:
@@ -94,6 +98,19 @@ def test_it_learns_and_leaves_a_log_a_sheet_and_a_checkpoint(tmp_path: Path) -> 
         np.array([[1, 1, 1], [1, -2, 0]]), abs=0.2
     )
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_curve_starts_before_the_first_step(tmp_path: Path) -> None:
+    stage = Regression()
+    stage.tells, start = True, float(stage.net.weight.detach().sum())
+    run(stage, tmp_path, Box(max_steps=2))
+    stage = Regression()
+    stage.tells = True
+    run(stage, tmp_path, Box(max_steps=4))
+    told = lines(tmp_path)
+    assert told[0]["step"] == 0
+    assert told[0]["start"] == pytest.approx(start, rel=1e-4)
+    assert ["start" in line for line in told].count(True) == 1
 
 
 def test_a_run_in_pieces_is_the_run_in_one_go(tmp_path: Path) -> None:

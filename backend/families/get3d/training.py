@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backend.evaluation.features import SMALLEST, Target, enlarged
 from backend.families.base import seeded_normal
 from backend.families.get3d import surfaces
 from backend.families.get3d.config import Config
@@ -124,7 +125,7 @@ class Get3dStage:
         self.average = checkpoint.MovingAverage(self.learned, settings.half_life)
         self.generator_optimiser = _adam(self.generator, settings.rate, 4)
         self.critic_optimiser = _adam(self.critics, settings.rate, settings.r1_every)
-        self._measure = None
+        self._measure: Target | None = None
 
     # --- what is seen ---
 
@@ -177,6 +178,9 @@ class Get3dStage:
 
     # --- the game ---
 
+    def before(self) -> dict[str, float]:
+        return {"frechet": self.frechet()}
+
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         s, kept = self.settings, []
 
@@ -225,7 +229,7 @@ class Get3dStage:
         for k, mapping in enumerate((self.generator.mapping_geo, self.generator.mapping)):
             mapping.w_avg.lerp_(mapping(torch.cat([a[k] for a in z]))[:, 0].mean(0), 1 - MEAN_DECAY)
         self.average.update(self.batch, (step + 1) * self.batch)
-        if self.rank == 0 and ((step + 1) % self.settings.measure_every == 0 or step == 0):
+        if self.rank == 0 and (step + 1) % self.settings.measure_every == 0:
             return {"frechet": self.frechet()}
         return {}
 
@@ -247,19 +251,13 @@ class Get3dStage:
     def frechet(self) -> float:
         """Frechet distance between pictures of made shapes and those of items that training does not see, by the same
         cameras, in the features of `evaluation.features`: compare it with itself only."""
-        from backend.evaluation.features import Scale, scattering
-        from backend.evaluation.metrics import frechet_distance
-
         count = min(self.settings.measured, len(self.reference.views))
         chosen = np.random.default_rng(0).permutation(len(self.reference.views))[:count]
         views = [self.reference.views[i] for i in chosen]
         if self._measure is None:
-            found = scattering(on_white(torch.stack([as_seen(self.reference.rgba(v)) for v in views]))).numpy()
-            scale = Scale.of(found)
-            self._measure = scale, scale(found)
-        scale, reals = self._measure
+            self._measure = Target(on_white(torch.stack([as_seen(self.reference.rgba(v)) for v in views])))
         made = self.show([[0, i, 9] for i in range(count)], torch.from_numpy(np.stack([v.c2w for v in views])))
-        return frechet_distance(scale(scattering(on_white(made)).numpy()), reals)
+        return self._measure.distance(on_white(made))
 
     def sheet(self, columns: int = 8) -> np.ndarray:
         """Eight shapes from three sides, and below them real ones."""
@@ -329,13 +327,10 @@ def as_seen(rgba: Int[np.ndarray, "R R 4"]) -> Float[Tensor, "4 R R"]:
     return torch.cat([colors, image[3:] / 255])
 
 
-def on_white(pictures: Float[Tensor, "N 4 R R"], least: int = 64) -> Float[Tensor, "N 3 S S"]:
+def on_white(pictures: Float[Tensor, "N 4 R R"], least: int = SMALLEST) -> Float[Tensor, "N 3 S S"]:
     """In 0..1, enlarged to `least` pixels if they are smaller."""
     mask = pictures[:, 3:].clamp(0, 1)
-    image = (pictures[:, :3].clamp(-1, 1) + 1) / 2 * mask + 1 - mask
-    if image.shape[-1] >= least:
-        return image
-    return functional.interpolate(image, (least, least), mode="bilinear", antialias=True)
+    return enlarged((pictures[:, :3].clamp(-1, 1) + 1) / 2 * mask + 1 - mask, least)
 
 
 def _adam(module: nn.Module, rate: float, every: int) -> torch.optim.Adam:

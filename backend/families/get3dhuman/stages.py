@@ -13,8 +13,10 @@ the process that writes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,17 +29,19 @@ from backend.evaluation.features import gabor, modulus
 from backend.evaluation.images import shrink
 from backend.families.get3dhuman import colors, losses
 from backend.families.get3dhuman.config import Config
+from backend.families.get3dhuman.likeness import Likeness, Volumes, of_field, of_people
 from backend.families.get3dhuman.networks import Get3DHuman, RefineNet, decode_shape, decode_texture
 from backend.families.get3dhuman.people import People
 from backend.families.get3dhuman.reading import Reader
 from backend.families.get3dhuman.teacher import Prior, Teacher
 from backend.families.get3dhuman.tracer import trace_quickly
-from backend.families.get3dhuman.training import BETAS, PATH_EVERY, R1_EVERY, RATE, Batch, Branch, Distiller
+from backend.families.get3dhuman.training import BETAS, PATH_EVERY, R1_EVERY, RATE, WEIGHTS, Batch, Branch, Distiller
 from backend.training import checkpoint
 from backend.training.loop import Phase
 from backend.training.renders import Item
 
 REMEMBERED = 1 << 30  # bytes of the teacher's volumes that are kept
+HALF_LIFE = 10_000 / 32  # steps, of the generators' moving averages, which are what is measured, shown and kept
 MATCHING = 10.0  # weight of feature matching, and of the moduli
 
 
@@ -50,19 +54,23 @@ class Settings:
     batch: int = 8
     points: int = 10_000  # of a person and step
     rate_teacher: float = 1e-3
+    rate_refine: float = RATE / 4
     critic_width: int = 64  # of the patches' critics
     measure_every: int = 1000
     measured: int = 32  # people that training does not see
+    pictures: int = 512  # of a Frechet distance
+    weights: losses.Weights = WEIGHTS
 
 
 SIZES = {
     "tiny": Settings(Config(z_dim=32, w_dim=8, channel_base=128, channel_max=8, feature_channels=4, stem=8, volume=8,
                             groups=2, shape_widths=(8, 6, 5), texture_widths=(8, 8, 6, 5), refine_width=2,
-                            discriminator_max=8), 1, 2, 64, critic_width=4, measure_every=2, measured=2),
+                            discriminator_max=8), 1, 2, 64, rate_refine=RATE, critic_width=4, measure_every=2,
+                     measured=2, pictures=12, weights=losses.Weights(r1_gamma=1.0)),
     "small": Settings(Config(z_dim=64, w_dim=64, channel_base=1024, channel_max=48, feature_channels=16, stem=16,
                              volume=32, groups=8, shape_widths=(64, 32, 16), texture_widths=(64, 64, 32, 16),
-                             refine_width=8, discriminator_max=48), 2, 8, 512, critic_width=16, measure_every=100,
-                      measured=24),
+                             refine_width=8, discriminator_max=48), 2, 8, 1024, rate_refine=RATE, critic_width=16,
+                      measure_every=400, measured=24, pictures=160, weights=losses.Weights(r1_gamma=1.0)),
     "base": Settings(Config()),
 }  # fmt: skip
 
@@ -77,7 +85,8 @@ class _Stage:
         self.settings = replace(settings, config=replace(settings.config, resolution=people.size))
         self.batch = settings.batch
         self.train = [i for i in people.items if not i.held_out]
-        self.test = [i for i in people.items if i.held_out][: settings.measured]
+        self.unseen = [i for i in people.items if i.held_out]
+        self.test = self.unseen[: settings.measured]
         self.modules: dict[str, nn.Module] = {}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
 
@@ -92,13 +101,21 @@ class _Stage:
         return (torch.stack([p for p, _ in found]).to(self.device),
                 torch.stack([v for _, v in found]).to(self.device))  # fmt: skip
 
+    def before(self) -> dict[str, float]:
+        return self._measured() | {f"bound/{name}": value for name, value in self.bounds().items()}
+
     def after(self, step: int) -> dict[str, float]:
-        if self.rank == 0 and self.test and (step == 0 or (step + 1) % self.settings.measure_every == 0):
-            return {f"test/{name}": value for name, value in self.measure().items()}
-        return {}
+        return self._measured() if self.rank == 0 and (step + 1) % self.settings.measure_every == 0 else {}
+
+    def _measured(self) -> dict[str, float]:
+        return {f"test/{name}": value for name, value in self.measure().items()} if self.test else {}
 
     def measure(self) -> dict[str, float]:
         raise NotImplementedError
+
+    def bounds(self) -> dict[str, float]:
+        """What the best that can be would measure."""
+        return {}
 
     def sheet(self) -> np.ndarray | None:
         return None
@@ -139,11 +156,13 @@ class TeacherStage(_Stage):
         places, rgb = self.points("colors", items, [*key, 1])
         shape, texture = prior.shape_volume, prior.texture_volume
         found = decode_texture(self.teacher.mlp_texture, shape.detach(), texture, places)
+        entropy = functional.binary_cross_entropy(truth, truth)  # nothing is gained below
+        occupancy = functional.binary_cross_entropy(decode_shape(self.teacher.mlp_shape, shape, inside), truth)
         return {
             "mask": functional.binary_cross_entropy_with_logits(logits, seen.mask.to(logits)),
             "normal": losses.normal_loss(prior.normal, seen.normal, seen.mask),
             "depth": losses.depth_loss(prior.depth, seen.depth),
-            "occupancy": functional.binary_cross_entropy(decode_shape(self.teacher.mlp_shape, shape, inside), truth),
+            "occupancy": occupancy - entropy,
             "color": losses.agreement(found, rgb),
         }
 
@@ -200,7 +219,10 @@ class DistillStage(_Stage):
         self.name = branch
         self.priors = Priors(people, teacher, device)
         self.student = student.to(device)
-        self.distiller = Distiller(self.student, teacher, branch, seed=seed)
+        self.distiller = Distiller(self.student, teacher, branch, settings.weights, seed)
+        self.learned = {name: p for name, p in self.student.named_parameters()
+                        if p.requires_grad and not name.startswith("Dis_")}  # fmt: skip
+        self.average = checkpoint.MovingAverage(self.learned, self.batch * HALF_LIFE)
         self.modules = {"student": self.student}
         self.optimisers = {"generator": self.distiller.generator_step, "critic": self.distiller.critic_step}
 
@@ -233,39 +255,80 @@ class DistillStage(_Stage):
             yield Phase("path", d.generator_step, path)
         yield Phase("critic", d.critic_step, critic)
 
+    def after(self, step: int) -> dict[str, float]:
+        self.average.update(self.batch, (step + 1) * self.batch)
+        return super().after(step)
+
+    @cached_property
+    def likeness(self) -> Likeness:
+        return Likeness(self.people, self.unseen, self.distiller.branch, self.settings.pictures)
+
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The same terms for people whose pictures training does not see, from their codes."""
+        """The same terms for people whose pictures training does not see, from their codes; the Frechet distance of
+        people of random codes."""
         mean = self.distiller.backbone.mapping.w_avg.clone()
-        terms = self.distiller.generator_loss(self.batch_of(self.test, [0, 0]))[1]
+        with self.average.in_place():
+            self.distiller.random.manual_seed(0)
+            terms = self.distiller.generator_loss(self.batch_of(self.test, [0, 0]))[1]
+            made = self.volumes(*self.random_codes(len(self.likeness)))
+            frechet = self.likeness.distance(self.student, made)
         self.distiller.backbone.mapping.w_avg.copy_(mean)
-        return {name: float(term) for name, term in terms.items()}
+        return {name: float(term) for name, term in terms.items()} | {"frechet": frechet}
+
+    @torch.no_grad()
+    def bounds(self) -> dict[str, float]:
+        """Frechet distances of real people whom training sees, and of what the teacher makes of their pictures."""
+        if not self.unseen:
+            return {}
+        learned = self.train[: len(self.likeness)]
+        priors = (self.priors([item]) for item in learned)
+        made = ((prior.shape_volume[0], prior.texture_volume[0]) for prior in priors)
+        found = {"real": self.likeness.of_real(learned)}
+        if len(learned) == len(self.likeness):
+            found["teacher"] = self.likeness.distance(self.student, made)
+        return found
+
+    def random_codes(self, count: int) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
+        """Of shape and texture, always the same."""
+        random, size = torch.Generator().manual_seed(0), self.settings.config.z_dim
+        one, two = torch.randn(2, count, size, generator=random).to(self.device)
+        return one, two
+
+    @torch.no_grad()
+    def volumes(self, z_shape: Float[Tensor, "B Z"], z_texture: Float[Tensor, "B Z"]) -> Iterator[Volumes]:
+        """Of people of these codes; without V_t while the shape is learned."""
+        student = self.student
+        for one, two in zip(z_shape.split(self.batch), z_texture.split(self.batch)):
+            picture, shape = student.shape_features(student.backbone_shape.mapping(one))
+            if self.distiller.branch == "shape":
+                yield from ((volume, None) for volume in shape)
+            else:
+                yield from zip(shape, student.texture_features(student.backbone_texture.mapping(two), picture)[1])
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"path_mean": self.distiller.path_mean}
+        return (super().state() | checkpoint.with_prefix("average", self.average.values)
+                | {"path_mean": self.distiller.path_mean})  # fmt: skip
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         super().restore({k: v for k, v in state.items() if k != "path_mean"})
+        self.average.load(checkpoint.under_prefix("average", state))
         self.distiller.path_mean = state["path_mean"]
 
     @torch.no_grad()
     def sheet(self, columns: int = 6) -> np.ndarray:
-        """Rows: pictures of people that training does not see; the field of the teacher's volumes of them, traced; that
-        of their codes; that of random codes."""
-        items = (self.test or self.train)[:columns]
-        batch, seen = self.batch_of(items, [0, 0]), self.people.seen(items)
-        rows = [torch.where(seen.mask, (seen.picture + 1) / 2, 1.0)]
-        student = self.student
-        random = torch.Generator().manual_seed(0)
-        codes = {"of": (batch.z_shape, batch.z_texture)}
-        codes["random"] = tuple(torch.randn(z.shape, generator=random).to(z) for z in codes["of"])
-        volumes = [(batch.prior.shape_volume, batch.prior.texture_volume)]
-        for z_shape, z_texture in codes.values():
-            picture, shape = student.shape_features(student.backbone_shape.mapping(z_shape))
-            texture = student.texture_features(student.backbone_texture.mapping(z_texture), picture)[1]
-            volumes.append((shape, texture))
-        for pair in volumes:
-            rows.append(torch.stack([traced(student, s, t, self.people.size).cpu() for s, t in zip(*pair)]))
+        """Rows: people that training does not see; the field of the teacher's volumes of them, traced; that of their
+        codes; that of random codes, and the same from behind. Shapes by their normals."""
+        items, look = (self.unseen or self.train)[:columns], self.distiller.branch
+        batch, size = self.batch_of(items, [0, 0]), self.people.size
+        made = [zip(batch.prior.shape_volume, batch.prior.texture_volume),
+                self.volumes(batch.z_shape, batch.z_texture), self.volumes(*self.random_codes(len(items)))]
+        rows = [of_people(self.people.seen(items), look)]
+        with self.average.in_place():
+            for i, people in enumerate(made):
+                angles = (0.0, math.pi) if i == 2 else (0.0,)
+                pictures = [of_field(self.student, volumes, look, size, angles).cpu() for volumes in people]
+                rows += torch.stack(pictures, 1)
         image = torch.cat([torch.cat(list(row), 2) for row in rows], 1).clamp(0, 1)
         return (image * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -316,8 +379,8 @@ class RefineStage(_Stage):
             self.critics = nn.ModuleList(PatchCritic(6, settings.critic_width) for _ in range(2)).to(device)
         self.modules = {"refine": self.refine, "critics": self.critics}
         self.optimisers = {
-            "refine": torch.optim.Adam(self.refine.parameters(), RATE / 4, BETAS),
-            "critics": torch.optim.Adam(self.critics.parameters(), RATE / 4, BETAS),
+            "refine": torch.optim.Adam(self.refine.parameters(), settings.rate_refine, BETAS),
+            "critics": torch.optim.Adam(self.critics.parameters(), settings.rate_refine, BETAS),
         }
         self._drawn: dict[str, Tensor] = {}
         self._filters = gabor().to(device)
@@ -396,6 +459,11 @@ class RefineStage(_Stage):
         drawn, real = self.pairs((self.test or self.train)[:columns])
         image = torch.cat([torch.cat(list(row), 2) for row in (drawn, self._alone(drawn), real)], 1).clamp(0, 1)
         return (image * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def finished(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The generators that the stage of a branch, whose `state` this is, leaves behind: the averages."""
+    return checkpoint.under_prefix("student", state) | checkpoint.under_prefix("average", state)
 
 
 @torch.no_grad()

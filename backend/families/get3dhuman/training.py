@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Distillation: the generators learn to make from codes what the teacher makes of the pictures of those codes.
+"""Distillation: the generators learn to make from codes what the teacher makes of the pictures of those codes; what
+they make of random codes, which nobody has a picture of, has to pass for a teacher's volumes before a critic.
 
 The shape's branch comes first, then the texture's with the shape's frozen. The point decoders are the teacher's and
 stay as they are. Not published, hence our choice: `losses.Weights`, Adam at 0.002 with betas (0, 0.99), and how often
@@ -23,7 +24,8 @@ from backend.families.get3dhuman import losses
 from backend.families.get3dhuman.networks import Backbone, Get3DHuman, decode_shape, decode_texture
 from backend.families.get3dhuman.teacher import Prior, Teacher
 
-MIXED = 0.9  # share of people whose rows come of two codes
+MIXED = 0.9  # share of batches of random codes whose rows come of two
+RANDOM = 0.5  # random codes to every known one
 PATH_WEIGHT, PATH_DECAY = 2.0, 0.01
 MEAN_DECAY = 0.998  # of the mean w
 R1_EVERY, PATH_EVERY = 16, 4  # steps; the terms count that many times as much
@@ -98,8 +100,11 @@ class Distiller:
 
     def _terms(self, batch: Batch) -> tuple[dict[str, Tensor], Float[Tensor, "B C H W"]]:
         student, teacher, prior, points = self.student, self.teacher, batch.prior, batch.points
+        known = len(batch.z_shape)
+        z_shape, z_texture = (torch.cat([z, self._random(z)]) for z in (batch.z_shape, batch.z_texture))
         if self.branch == "shape":
-            picture, volume = student.shape_features(self._rows(batch.z_shape))
+            pictures, volumes = student.shape_features(self._half_mixed(z_shape, known))
+            picture, volume = pictures[:known], volumes[:known]
             shown = functional.interpolate(picture, prior.depth.shape[-2:], mode="bilinear", align_corners=False)
             with torch.no_grad():
                 truth = decode_shape(teacher.mlp_shape, prior.shape_volume, points)
@@ -109,20 +114,29 @@ class Distiller:
                 "normal": losses.normal_loss(shown[:, losses.NORMAL], prior.normal, prior.mask),
                 "depth": losses.depth_loss(shown[:, losses.DEPTH], prior.depth),
             }  # fmt: skip
-            fake = volume
+            fake = volumes[known:]
         else:
             with torch.no_grad():
-                picture, shape = student.shape_features(student.backbone_shape.mapping(batch.z_shape))
+                pictures, shapes = student.shape_features(student.backbone_shape.mapping(z_shape))
                 truth = decode_texture(teacher.mlp_texture, prior.shape_volume, prior.texture_volume, points)
-            volume = student.texture_features(self._rows(batch.z_texture), picture)[1]
-            found = decode_texture(student.mlp_texture, shape, volume, points)
+            volumes = student.texture_features(self._half_mixed(z_texture, known), pictures)[1]
+            volume = volumes[:known]
+            found = decode_texture(student.mlp_texture, shapes[:known], volume, points)
             terms = {"latent": losses.latent_prior(volume, prior.texture_volume),
                      "color": losses.agreement(found, truth)}  # fmt: skip
-            fake = torch.cat([shape, volume], 1)
+            fake = torch.cat([shapes, volumes], 1)[known:]
         return {**terms, "adversarial": losses.adversarial(self.critic(fake))}, fake
 
+    def _random(self, z: Float[Tensor, "B Z"]) -> Float[Tensor, "C Z"]:
+        count = math.ceil(RANDOM * len(z))
+        return torch.randn(count, z.shape[1], generator=self.random).to(z)
+
+    def _half_mixed(self, z: Float[Tensor, "B Z"], known: int) -> Float[Tensor, "B R W"]:
+        """Styles are mixed only where nobody compares the outcome with the picture of a code."""
+        return torch.cat([self._rows(z[:known]), self._rows(z[known:], mixed=True)])
+
     def _rows(self, z: Float[Tensor, "B Z"], mixed: bool = False) -> Float[Tensor, "B R W"]:
-        """Rows of w; styles are mixed only where nobody compares the outcome with the picture of a code."""
+        """Rows of w, with `mixed` most often of two codes each."""
         ws = self.backbone.mapping(z)
         with torch.no_grad():
             mapping = self.backbone.mapping

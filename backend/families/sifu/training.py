@@ -227,6 +227,9 @@ class SifuStage:
         self.optimisers = {name: torch.optim.Adam(parameters, settings.rate) for name, parameters in
                            (("normals", normals), ("field", rest))}  # fmt: skip
 
+    def before(self) -> dict[str, float]:
+        return {}
+
     def phases(self, step: int, samples: range) -> Iterator[Phase]:
         progress = min(step / self.settings.steps, 1)
         rate = self.settings.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))) * min(1, (step + 1) / 50)
