@@ -159,16 +159,19 @@ class Session:
         self.touch()
         return len(over)
 
-    def shutdown(self) -> None:
-        """Ask the backend to end, for every Blender that uses it. Open jobs are cancelled."""
+    def shutdown(self, start_again: bool = False) -> None:
+        """Ask the backend to end, for every Blender that uses it. Open jobs are cancelled. With `start_again` the one
+        that is installed now is started after it."""
         cancelled = self.open_jobs
         for job in cancelled:
             job.status = replace(job.status, state="cancelled")
         if self._life is not None and not self._life.done():
             self._set(Link.STOPPING, "Stopping")
-            self._spawn(self._stop(self._api, cancelled))
+            self._spawn(self._stop(self._api, cancelled, start_again))
         else:
             self._set(Link.OFF)
+            if start_again:
+                self.connect()
 
     async def result(self, job_id: str, heard: Callable[[Status], None] | None = None) -> Human:
         """Wait for a person; `heard` is told every status. Raises `BackendError` if job or backend fail for good."""
@@ -305,7 +308,7 @@ class Session:
             log.warning("worker restart: %s", error)
         self.touch()
 
-    async def _stop(self, api: Api | None, cancelled: list[Job]) -> None:
+    async def _stop(self, api: Api | None, cancelled: list[Job], start_again: bool) -> None:
         if api is not None and self._life is not None:
             try:
                 async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
@@ -323,6 +326,8 @@ class Session:
         self._api, self.health = None, None
         self._drop_child(terminate=True)
         self._set(Link.OFF)
+        if start_again:
+            self.connect()
 
     # ------------------------------------------------------------------------------------------------------ the jobs
 

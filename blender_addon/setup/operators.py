@@ -115,6 +115,12 @@ def _generator_runs() -> bool:
     return state is not None and state.link in (Link.STARTING, Link.READY, Link.STOPPING)
 
 
+def running_version() -> str:
+    """Of the generator that is in use, "" without one."""
+    state = tasks.session()
+    return state.health.version if state is not None and state.link is Link.READY and state.health is not None else ""
+
+
 class _Setup:
     """What setting up from the network and from a folder have in common."""
 
@@ -291,6 +297,23 @@ class POPULACE_OT_uninstall_backend(_Setup, bpy.types.Operator):
         return self.finish(chores.wait()) if bpy.app.background else {"FINISHED"}
 
 
+class POPULACE_OT_restart_backend(bpy.types.Operator):
+    """Stop the generator that runs and start the one that is set up. Unfinished jobs are cancelled"""
+
+    bl_idname = "populace.restart_backend"
+    bl_label = "Restart Generator"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        if not (runs := bool(running_version())):
+            cls.poll_message_set("The generator is not running")
+        return runs
+
+    def execute(self, context: bpy.types.Context) -> Result:
+        tasks.working_session().shutdown(start_again=True)
+        return {"FINISHED"}
+
+
 class POPULACE_OT_copy_setup_log(bpy.types.Operator):
     """Copy the end of the set-up's log to the clipboard, without your home folder's name"""
 
@@ -343,7 +366,8 @@ def gigabytes(size: int) -> str:
 
 _CLASSES = (
     POPULACE_OT_setup_backend, POPULACE_OT_setup_backend_offline, POPULACE_OT_roll_back_backend,
-    POPULACE_OT_uninstall_backend, POPULACE_OT_copy_setup_log,
+    POPULACE_OT_uninstall_backend, POPULACE_OT_restart_backend,
+    POPULACE_OT_copy_setup_log,
 )  # fmt: skip
 
 

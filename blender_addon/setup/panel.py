@@ -17,7 +17,7 @@ from ..panel import _Panel, _safe, _wrapped
 from ..session import Link
 from ..translations import told
 from .installer.computer import BUILDS, PIP_DEFAULT
-from .operators import NAME, gigabytes, known
+from .operators import NAME, gigabytes, known, running_version
 
 
 class POPULACE_PT_setup(_Panel, bpy.types.Panel):
@@ -76,6 +76,13 @@ def draw_chore(layout: Any, context: bpy.types.Context, chore: Chore) -> None:
         row.operator("populace.dismiss_chore", text="", icon="X")
         return
     _lines(layout, context, _outcome(chore), "CHECKMARK" if chore.phase is Phase.DONE else "CANCEL")
+    running, version = running_version(), chore.result.get("version", "")
+    if chore.phase is Phase.DONE and running and version and running != version:
+        _lines(layout, context, told("Generator {version} is still running.", version=running), "INFO")
+        row = layout.row(align=True)
+        row.operator("populace.restart_backend", icon="FILE_REFRESH")
+        row.operator("populace.dismiss_chore", text="", icon="X")
+        return
     layout.operator("populace.dismiss_chore", text="Dismiss")
 
 
@@ -86,8 +93,7 @@ def _outcome(chore: Chore) -> str:
     if "version" not in result:
         return told("Uninstalled, {size} freed", size=gigabytes(int(result.get("freed_bytes", 0))))
     size = gigabytes(int(result.get("bytes", 0)))
-    done = told("Generator {version} is set up, {size}", version=result["version"], size=size)
-    return f"{done}. {told('Stop and start the generator to use it')}" if result.get("is_upgrade") else done
+    return told("Generator {version} is set up, {size}", version=result["version"], size=size)
 
 
 def draw_offline(layout: Any, context: bpy.types.Context) -> None:

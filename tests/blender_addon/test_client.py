@@ -353,6 +353,23 @@ def test_shutdown_cancels_and_ends(home: Path) -> None:
     run(scenario, home)
 
 
+def test_shutdown_may_start_another(home: Path) -> None:
+    """After an upgrade: the old one ends before the new one is looked for."""
+    async def scenario(fake: FakeBackend, made: Session) -> None:
+        made.connect()
+        await until(lambda: made.link is Link.READY)
+        links: list[Link] = []
+        connect = made.connect
+        made.connect = lambda: (links.append(made.link), connect())[1]  # type: ignore[method-assign]
+        made.shutdown(start_again=True)
+        await until(lambda: bool(links))
+        assert links == [Link.OFF]
+        assert fake.stopped.is_set()
+        assert made.link is Link.STARTING
+
+    run(scenario, home)
+
+
 # ------------------------------------------------------------------------------------------- processes of our own
 
 

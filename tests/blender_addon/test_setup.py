@@ -153,6 +153,28 @@ def test_a_newer_generator_that_was_left_is_not_downloaded_again(setup: Any, hom
     assert not any(text.startswith(("Upgrade", "Roll Back")) for text in shown.texts)
 
 
+def test_a_generator_that_still_runs_is_restarted_by_a_button(
+    setup: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.online(True)
+    setup.mode("good")  # it sets up 1.2.3
+    install(home / "data/backend", "2.0", "1.0")
+    assert setup.bpy.ops.populace.setup_backend(agree=True) == {"FINISHED"}
+    assert panel(setup).buttons == ["populace.dismiss_chore"], "nothing runs"
+    asked: list[bool] = []
+    state = SimpleNamespace(link=setup.setup_operators.Link.READY, health=SimpleNamespace(version="1.2.3"),
+                            shutdown=lambda start_again: asked.append(start_again))  # fmt: skip
+    monkeypatch.setattr(setup.tasks, "session", lambda: state)
+    monkeypatch.setattr(setup.tasks, "working_session", lambda: state)
+    assert panel(setup).buttons == ["populace.dismiss_chore"], "the new one runs"
+    state.health.version = "1.0"
+    shown = panel(setup)
+    assert "Generator 1.0 is still running." in shown.texts
+    assert shown.buttons == ["populace.restart_backend", "populace.dismiss_chore"]
+    assert setup.bpy.ops.populace.restart_backend() == {"FINISHED"}
+    assert asked == [True]
+
+
 def test_an_installer_that_lies_is_found_out(setup: Any) -> None:
     setup.online(True)
     setup.mode("good")

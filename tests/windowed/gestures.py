@@ -72,9 +72,9 @@ def seen(gui: Any, word: str, nth: int = 0, region: Any = None, tries: int = 10)
     `x, y = yield from seen(...)`."""
     while True:
         words = gui.words(region or gui.region("UI"))
-        found = [(x, y) for text, x, y in words if word.lower() in text.lower()]
+        found = _as_read([(x, y) for text, x, y in words if word.lower() in text.lower()])
         if len(found) > nth:
-            return sorted(found, key=lambda place: (round(place[1] / LINE), place[0]))[nth]
+            return found[nth]
         tries -= 1
         assert tries, (word, [text for text, _, _ in words])
         yield 1
@@ -84,11 +84,15 @@ def press(gui: Any, word: str, nth: int = 0, region: Any = None) -> Iterator[flo
     yield from gui.click(*(yield from seen(gui, word, nth, region)))
 
 
+def _as_read(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return sorted(places, key=lambda place: (round(place[1] / LINE), place[0]))
+
+
 def press_anywhere(gui: Any, word: str, nth: int = 0, tries: int = 5) -> Iterator[float]:
-    """A button anywhere in the window, a dialog's as well, by a whole word of its label."""
+    """A button anywhere in the window, a dialog's as well, by a whole word of its label; -1 is the last one there."""
     while True:
         words = gui.words()
-        place = [(x, y) for text, x, y in words if text.strip(".,") == word]
+        place = _as_read([(x, y) for text, x, y in words if text.strip(".,") == word])
         if len(place) > nth or (place and nth < 0):
             break
         tries -= 1

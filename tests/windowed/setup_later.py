@@ -39,8 +39,14 @@ def off(gui: Any) -> Iterator[float]:
     yield 1
 
 
+def restart(gui: Any) -> Iterator[float]:
+    yield from press_anywhere(gui, "Restart")
+    yield from gui.until(lambda: module("tasks").session().link.value != "ready", PATIENCE_S)
+    yield from generator_ready(gui)
+
+
 def upgrade(gui: Any) -> Iterator[float]:
-    """The old one still works; then the newer one, which takes its place when it was stopped and started."""
+    """The old one works on; then the newer one takes its place, by the button that says so."""
     chores, known = module("chores"), module("setup.operators").known
     old, new = known.installed["version"], known.version
     assert known.can_upgrade, (old, new)
@@ -58,11 +64,7 @@ def upgrade(gui: Any) -> Iterator[float]:
     yield from chore_ended(gui)
     yield from shot(gui, "upgraded")
     assert known.installed["version"] == new
-    assert chores.current().result["is_upgrade"]
-    bpy.ops.populace.stop_backend()
-    yield from off(gui)
-    bpy.ops.populace.start_backend()
-    yield from generator_ready(gui)
+    yield from restart(gui)
     assert module("tasks").session().health.version == new
     yield from shot(gui, "upgraded_ready")
     bpy.ops.populace.stop_backend()
@@ -91,6 +93,10 @@ def preferences(gui: Any) -> Iterator[float]:
     yield from chore_ended(gui)
     assert known.installed["version"] == after
     yield from shot(gui, "forward_again")
+    assert module("tasks").session().health.version == before
+    yield from restart(gui)
+    assert module("tasks").session().health.version == after
+    yield from shot(gui, "restarted")
     yield from press_anywhere(gui, "Stop")
     yield from off(gui)
     yield from press_anywhere(gui, "Uninstall")
