@@ -195,6 +195,9 @@ def test_a_failure_shows_what_to_do(setup: Any) -> None:
 
 
 def test_from_a_folder_of_wheels(setup: Any, home: Path, tmp_path: Path) -> None:
+    rna = setup.bpy.ops.populace.setup_backend_offline.get_rna_type().properties
+    assert rna["filter_glob"].default == "*.whl"
+    assert "filename" in rna, "else Blender's file browser shows an empty folder"
     setup.mode("good")
     install(home / "data/backend", "2.0")
     with pytest.raises(RuntimeError, match=r"no wheels in this folder.*pip download"):
