@@ -3,12 +3,16 @@
 
 Every figure is a median of `repeat` warm runs, except those of the slow twins, which run once. Fast and slow are timed
 in one run, on the same field and mesh, so that their ratio means something on a machine that does other things too.
+
+Families whose networks are large would take hours on a CPU: what has taken `PATIENCE` seconds is not repeated, and what
+would take longer is left out, and said.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,6 +26,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
+import psutil
 import torch
 
 from backend import __version__, families, packet, pipeline
@@ -29,7 +34,7 @@ from backend.families.base import FamilyModel, HumanField, Latents
 from backend.geometry import reference
 from backend.geometry.clean import clean
 from backend.geometry.simplify import simplify
-from backend.geometry.tetgrid import extract_surface
+from backend.geometry.tetgrid import Lattice, extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.progress import Progress
 from backend.protocol import GenerateRequest, PopulaceError
@@ -37,6 +42,11 @@ from backend.settings import Settings
 
 GROWTH = (128, 256, 512)
 RATIO_GRID = 256
+PATIENCE = 120.0  # seconds, of the persons, of each grid, of each slow twin
+STEP_PATIENCE = 10.0  # of each step of a family's own
+
+Made = tuple[packet.HumanAsset, dict[str, dict[str, Any]]]
+"""A person and the stats of its making, see `pipeline.generate`."""
 RATIO_FACES = 30000
 
 
@@ -58,20 +68,31 @@ def run(request: GenerateRequest, settings: Settings, repeat: int, quick: bool) 
         if own is not None:
             progress.show("the family's networks", 0.02)
             report["networks"] = own.run(model, repeat)
+        left_out: list[str] = []
         progress.show("warming up", 0.05)
-        pipeline.generate(request, model)
+        first = pipeline.generate(request, model)
+        slow = first[1]["seconds"]["total"] > PATIENCE
         progress.show("one person", 0.1)
-        report["person"] = _person(request, model, repeat)
+        report["person"] = _person(request, model, repeat, first if slow else None)
         progress.show("the server", 0.3)
         report["server_ready_s"] = _server_ready(repeat)
         if find_spec("bpy"):
             progress.show("insertion into Blender", 0.35)
-            report["insert_s"] = _insert(request, model, repeat)
-        if not quick:
+            report["insert_s"] = _insert(first[0], repeat)
+        if not quick and slow:
+            left_out.append(f"growth and ratios, after {first[1]['seconds']['total']:.0f} s for one person")
+        elif not quick:
             progress.show("growth with the grid", 0.4)
-            report["growth"] = [_growth(request, model, n, repeat) for n in GROWTH]
+            report["growth"] = []
+            for grid in GROWTH:
+                took = report["growth"][-1]["seconds"]["total"] if report["growth"] else 0.0
+                if took > PATIENCE / 4:  # one twice as fine takes four times as long and more
+                    left_out.append(f"growth at {grid}, after {took:.0f} s for the one before it")
+                    break
+                report["growth"].append(_growth(request, model, grid, repeat))
             progress.show("ratios to the plain ways", 0.7)
-            report["ratios"] = _ratios(request, model, repeat)
+            report["ratios"] = _ratios(request, model, repeat, left_out)
+        report["left_out"] = left_out
         progress.show("done", 1)
     return report
 
@@ -83,11 +104,13 @@ def _of_family(name: str) -> Any:
     return importlib.import_module(where) if find_spec(where) else None
 
 
-def _person(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[str, Any]:
-    """Medians over different seeds; peak memory is the highest of all runs."""
-    runs, packets, sizes = [], [], []
-    for i in range(repeat):
-        asset, stats = pipeline.generate(request.model_copy(update={"seed": request.seed + i}), model)
+def _person(request: GenerateRequest, model: FamilyModel, repeat: int, only: Made | None = None) -> dict[str, Any]:
+    """Medians over different seeds; peak memory is the highest of all runs. `only` is a run that none shall follow."""
+    runs, packets, sizes, started = [], [], [], time.perf_counter()
+    for i in range(1 if only else repeat):
+        if i and time.perf_counter() - started > PATIENCE:
+            break
+        asset, stats = only or pipeline.generate(request.model_copy(update={"seed": request.seed + i}), model)
         begin = time.perf_counter()
         sizes.append(len(packet.dumps(asset)))
         packets.append(time.perf_counter() - begin)
@@ -100,7 +123,7 @@ def _person(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[s
         "peak_rss_mib": {stage: max(r["peak_rss_mib"][stage] for r in runs) for stage in runs[0]["peak_rss_mib"]},
         "peak_gpu_mib": {stage: max(r["peak_gpu_mib"][stage] for r in runs) for stage in runs[0]["peak_gpu_mib"]},
         "faces": _median([r["counts"]["faces"] for r in runs]),
-        "packet_mb": round(_median(sizes) / 1e6, 2),
+        "packet_mb": round(_median(sizes) / 1e6, 2), "runs": len(runs),
     }
 
 
@@ -108,7 +131,9 @@ def _growth(request: GenerateRequest, model: FamilyModel, grid: int, repeat: int
     """Seconds per stage and field evaluations at one grid resolution, everything else equal."""
     counted = _CountedModel(model)
     request = request.model_copy(update={"grid_resolution": grid})
-    runs = [pipeline.generate(request, counted)[1] for _ in range(min(repeat, 3))]
+    runs, started = [], time.perf_counter()
+    while len(runs) < min(repeat, 3) and (not runs or time.perf_counter() - started < PATIENCE):
+        runs.append(pipeline.generate(request, counted)[1])
     return {
         "grid_resolution": grid,
         "sdf_evaluations": counted.evaluations // len(runs),
@@ -119,9 +144,15 @@ def _growth(request: GenerateRequest, model: FamilyModel, grid: int, repeat: int
 
 
 @torch.no_grad()
-def _ratios(request: GenerateRequest, model: FamilyModel, repeat: int) -> dict[str, Any]:
+def _ratios(request: GenerateRequest, model: FamilyModel, repeat: int, left_out: list[str]) -> dict[str, Any]:
     """Marching the dense grid against the hierarchical way; xatlas with default options against the atlas."""
     field = model.decode(model.sample(request.seed, request.truncation_psi, request.parameters))[0]
+    nodes = Lattice.of(field.bounds, RATIO_GRID, field.focus).cells + 1
+    some = torch.zeros(10_000, 3, device=model.device)
+    expected = _timed(lambda: field.sdf(some), 2) * math.prod(nodes.tolist()) / len(some)
+    if expected > PATIENCE:
+        left_out.append(f"ratios at {RATIO_GRID}: the plain way would take {expected:.0f} s")
+        return {}
     fast = _timed(lambda: extract_surface(field, RATIO_GRID), repeat)
     dense = _timed(lambda: reference.extract_dense(field, RATIO_GRID), 1)
     found = {"surface": {"grid_resolution": RATIO_GRID, "hierarchical_s": fast, "dense_s": dense,
@@ -177,9 +208,9 @@ def _server_ready(repeat: int) -> float:
     return _median(times)
 
 
-def _insert(request: GenerateRequest, model: FamilyModel, repeat: int) -> float:
+def _insert(asset: packet.HumanAsset, repeat: int) -> float:
     """Seconds of the add-on's insertion, in a process of its own as in life."""
-    data = packet.dumps(pipeline.generate(request, model)[0])
+    data = packet.dumps(asset)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_insert_times, data, repeat).result()
 
@@ -205,6 +236,27 @@ def _timed(work: Callable[[], object], repeat: int) -> float:
     return _median(times)
 
 
+def steps_timed(
+    steps: Sequence[tuple[str, Callable[[], object], int]], device: torch.device, patience: float = STEP_PATIENCE
+) -> list[dict[str, Any]]:
+    """A row for each (name, work, times): seconds, the median of so many warm runs, and resident memory afterwards.
+    What is to run once runs cold; no step is repeated after `patience` seconds, and a step without a warm run shows its
+    first."""
+    rows = []
+    for name, work, times in steps:
+        seconds: list[float] = []
+        while len(seconds) < (times + 1 if times > 1 else 1) and sum(seconds) < patience:
+            begin = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        warm = sorted(seconds[1:] or seconds)
+        rows.append({"step": name, "seconds": round(warm[len(warm) // 2], 4), "runs": len(warm),
+                     "rss_mib": round(psutil.Process().memory_info().rss / 2**20)})  # fmt: skip
+    return rows
+
+
 def _median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
 
@@ -223,7 +275,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"{machine['platform']}, {machine['cpus']} CPUs, {machine['threads']} threads, device {machine['device']}, "
         f"load {machine['load_before']}",
         f"{report['request']['family']}, {report['request']['grid_resolution']} along the height, "
-        f"{report['request']['faces']} faces, {report['request']['texture_size']} px; median of {report['repeat']}",
+        f"{report['request']['faces']} faces, {report['request']['texture_size']} px; median of {person['runs']}",
         "", f"{'stage':<16}{'seconds':>9}{'peak MiB':>10}",
     ]  # fmt: skip
     for stage, seconds in person["seconds"].items():
@@ -250,4 +302,5 @@ def as_text(report: dict[str, Any]) -> str:
     for name, row in report.get("ratios", {}).items():
         fast, slow = list(row.items())[1:3]
         lines.append(f"{name}: {slow[0][:-2]} {slow[1]:.2f} s, {fast[0][:-2]} {fast[1]:.3f} s: {row['ratio']}x")
+    lines += [f"left out: {what}" for what in report["left_out"]]
     return "\n".join(lines)

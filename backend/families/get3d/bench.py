@@ -4,13 +4,12 @@ way. Without imported weights it takes random ones of the published sizes: the t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
+from backend.bench import steps_timed
 from backend.families.get3d.config import Config
 from backend.families.get3d.fast import FastSynthesis, error
 from backend.families.get3d.model import Get3dModel
@@ -54,13 +53,7 @@ def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
     for grid in GRIDS:
         steps += [(f"{name} at {grid}", lambda way=way, grid=grid: way(field, grid), times)
                   for name, way, times in ways]  # fmt: skip
-    rows = []
-    for name, work, times in steps:
-        if times > 1:
-            work()
-        seconds = sorted(_timed(work, model.device) for _ in range(times))
-        rows.append({"step": name, "seconds": round(seconds[len(seconds) // 2], 4),
-                     "rss_mib": round(psutil.Process().memory_info().rss / 2**20)})  # fmt: skip
+    rows = steps_timed(steps, model.device)
     by_name = {row["step"]: row["seconds"] for row in rows}
     for grid in GRIDS:
         for plain, ours in (("plain marching", "surface"), ("plain flexicubes", "flexicubes")):
@@ -72,11 +65,3 @@ def run(model: Get3dModel, repeat: int) -> list[dict[str, Any]]:
         rows += [{"step": f"error of bfloat16, {name}", "text": f"{x:.2%} rms"} for name, x in found.items()]
         rows.append({"step": "most GPU memory", "text": f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"})
     return rows
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
