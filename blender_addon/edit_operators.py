@@ -104,6 +104,10 @@ class POPULACE_OT_reroll(_Edit, bpy.types.Operator):
     kinds: EnumProperty(name="What", description="What is taken", items=KINDS, options={"SKIP_SAVE"})
     seed: _seed()
 
+    @property
+    def done(self) -> str:
+        return self.part.capitalize() or self.bl_label
+
     def edits(self, root: bpy.types.Object) -> editing.Edits:
         seed = editing.random_seed() if self.seed == ANY_SEED else self.seed
         if self.part:

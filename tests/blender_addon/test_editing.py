@@ -274,6 +274,7 @@ def test_parts_of_people(at_work: SimpleNamespace) -> None:
     was = codes()
     bpy.ops.populace.reroll(part="hair", seed=11)
     now = codes()
+    assert root.populace.versions[-1].label == "Hair", "the history says which part"
     assert now["top/shape"] == was["top/shape"]
     assert now.get("hair/shape") != was["hair/shape"]
     bpy.ops.populace.set_attributes(values='{"top_color": [1.0, 0.0, 0.0], "hair": "bob"}')
