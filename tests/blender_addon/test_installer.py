@@ -105,7 +105,12 @@ def test_install_upgrade_roll_back_uninstall(job: pip.Job, monkeypatch: pytest.M
     assert names(job) == ("2.0", "3.0")
     size = computer.bytes_in(job.home.folder)
     (job.home.folder / "lock").touch()
+    shown: list[float] = []
+    monkeypatch.setattr(job.teller, "progress", lambda stage, fraction, text="": shown.append(fraction))
     assert commands.uninstall(job)["freed_bytes"] == size
+    assert shown == sorted(shown)
+    assert len(shown) >= 3, "files take minutes on a slow disk"
+    assert 0.5 < shown[-1] <= 1
     assert [p.name for p in job.home.folder.iterdir()] == ["lock"]
     assert process.installed_python() is None
 

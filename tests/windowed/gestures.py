@@ -81,7 +81,12 @@ def seen(gui: Any, word: str, nth: int = 0, region: Any = None, tries: int = 10)
 
 
 def press(gui: Any, word: str, nth: int = 0, region: Any = None) -> Iterator[float]:
-    yield from gui.click(*(yield from seen(gui, word, nth, region)))
+    """A button by a word of it, once it stands still: panels slide, and on a slow machine for seconds."""
+    before, place = None, (yield from seen(gui, word, nth, region))
+    while before is None or max(abs(a - b) for a, b in zip(before, place, strict=True)) > 2:
+        yield 0.5
+        before, place = place, (yield from seen(gui, word, nth, region))
+    yield from gui.click(*place)
 
 
 def _as_read(places: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -136,7 +137,7 @@ def uninstall(job: Job) -> dict[str, Any]:
     """Remove every environment and download. People, results and weights in other folders stay."""
     home = job.home
     freed = bytes_in(home.folder)
-    job.teller.progress("Removing", 0.1)
+    job.teller.progress("Removing", 0.0)
     trash = home.folder / f"trash-{os.getpid()}"
     if home.envs.is_dir():
         try:
@@ -145,10 +146,24 @@ def uninstall(job: Job) -> dict[str, Any]:
             raise SetupError("in_use", "The generator is in use.",
                              "Stop it in every Blender, then try again.") from None  # fmt: skip
     (home.folder / POINTER).unlink(missing_ok=True)
+    _remove_files(job, trash, freed)
     for path in list(home.folder.iterdir()):
         if path.name != "lock":
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return {"freed_bytes": freed - bytes_in(home.folder)}
+
+
+def _remove_files(job: Job, folder: Path, total: int) -> None:
+    """Of all `total` bytes, with progress: so many small files take minutes on a slow disk."""
+    gone = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                path = Path(parent, name)
+                size = path.lstat().st_size
+                path.unlink()
+                gone += size
+                job.teller.progress("Removing", gone / total)
 
 
 _COMMANDS: Final = {"plan": plan, "install": install, "roll_back": roll_back, "uninstall": uninstall}
