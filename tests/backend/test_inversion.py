@@ -14,7 +14,7 @@ from backend.evaluation import inversion as measured
 from backend.families.base import Latents, PersonPhoto
 from backend.families.people import encoder, fit, inversion, photo_maps
 from backend.families.people.config import PARTS
-from backend.families.people.encoder import JOINTS, Placement
+from backend.families.people.encoder import JOINTS, Placement, joint_rotations, mirrored, placement
 from backend.photo import posing
 from backend.protocol import Inversion, PopulaceError
 from backend.settings import Settings
@@ -120,6 +120,21 @@ def test_a_pose_in_the_mirror_is_the_mirrored_pose(figure):
     partner = [names.index(n[:-2] + {"_l": "_r", "_r": "_l"}[n[-2:]]) if n[-2:] in ("_l", "_r") else j
                for j, n in enumerate(names)]  # fmt: skip
     np.testing.assert_allclose(at[1], at[0][partner] * [-1, 1, 1], atol=1e-9)
+
+
+def test_what_is_said_of_the_mirrored_square_is_the_mirrored_answer():
+    random = torch.Generator().manual_seed(4)
+    said = {"turn": torch.randn(1, 6, generator=random), "joints": torch.randn(1, 6 * len(JOINTS), generator=random),
+            "place": torch.randn(1, 3, generator=random), "top/worn": torch.ones(1, 1)}  # fmt: skip
+    other, mirror = mirrored(said), torch.diag(torch.tensor([-1.0, 1, 1]))
+    partner = [JOINTS.index(n[:-2] + {"_l": "_r", "_r": "_l"}[n[-2:]]) if n[-2:] in ("_l", "_r") else j
+               for j, n in enumerate(JOINTS)]  # fmt: skip
+    turned = mirror @ joint_rotations(said["joints"])[0, partner] @ mirror
+    torch.testing.assert_close(joint_rotations(other["joints"])[0], turned)
+    here, there = placement(said, 0.7), placement(other, 0.7)
+    torch.testing.assert_close(there.turn, mirror @ here.turn @ mirror)
+    torch.testing.assert_close(there.shift, mirror @ here.shift)
+    assert all(torch.equal(mirrored(other)[name], value) for name, value in said.items())
 
 
 # --- photo maps ------------------------------------------------------------------------------------------------------

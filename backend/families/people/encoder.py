@@ -46,6 +46,7 @@ FOV_Y = math.radians(45)  # of photos that do not tell: the long side of a phone
 JOINTS = ("pelvis", "spine_01", "spine_02", "spine_03", "neck_01", "head", "clavicle_l", "clavicle_r", "upperarm_l",
           "upperarm_r", "lowerarm_l", "lowerarm_r", "hand_l", "hand_r", "thigh_l", "thigh_r", "calf_l", "calf_r",
           "foot_l", "foot_r")  # fmt: skip
+PARTNERS = tuple(JOINTS.index(name[:-2] + {"_l": "_r", "_r": "_l"}.get(name[-2:], name[-2:])) for name in JOINTS)
 WIDTHS = (32, 48, 96, 160, 256)
 
 
@@ -112,6 +113,14 @@ def joint_rotations(six: Float[Tensor, "B N"]) -> Float[Tensor, "B J 3 3"]:
     """Of JOINTS, parent-relative in world-aligned axes, from what the encoder adds to "not turned"."""
     rest = torch.tensor([1.0, 0, 0, 0, 1, 0]).to(six)
     return to_rotation(six.unflatten(1, (len(JOINTS), 6)) + rest)
+
+
+def mirrored(said: Mapping[str, Float[Tensor, "B C"]]) -> dict[str, Float[Tensor, "B C"]]:
+    """What is said of a square, as it would be of the square in a mirror; its own inverse."""
+    signs = said["turn"].new_tensor([1.0, -1, -1, -1, 1, 1])  # of R's two columns in M R M, M = diag(-1, 1, 1)
+    joints = said["joints"].unflatten(1, (len(JOINTS), 6))[:, PARTNERS] * signs
+    return {**said, "turn": said["turn"] * signs, "joints": joints.flatten(1),
+            "place": said["place"] * said["place"].new_tensor([-1.0, 1, 1])}  # fmt: skip
 
 
 def write_codes(said: Mapping[str, Float[Tensor, "1 C"]], facts: Mapping[str, Any]) -> dict[str, Float[Tensor, "1 C"]]:

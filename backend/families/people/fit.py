@@ -24,6 +24,7 @@ from backend.families.base import Latents
 from backend.families.people.config import BODY_DIM, LOOSE, PARTS, THICK, TRIM
 from backend.families.people.encoder import JOINTS, Crop, Placement, square_camera
 from backend.geometry.bake import smooth_normals
+from backend.geometry.mesh import vertex_normals
 from backend.geometry.tetgrid import extract_surface
 from backend.photo.posing import forward_kinematics, skin
 from backend.poses import Bones
@@ -237,10 +238,11 @@ class Fit:
         self.surface = surface_of(self.model, self.codes)
 
     def draw(self, sitting: Sitting, clip: Tensor, vertices: Tensor, size: int) -> Float[Tensor, "1 4 S S"]:
-        """The person as the photo would show it, premultiplied; differentiable in the positions."""
+        """The person as the photo would show it, premultiplied; differentiable in the positions, by outlines and by
+        shading: how bright a limb is tells how it is turned towards the light, where its outline does not."""
         surface = self.surface
         raster = rasterize(clip, surface.faces, (size, size))
-        normals = torch.from_numpy(smooth_normals(vertices.detach().double().numpy(), surface.faces.numpy())).float()
+        normals = vertex_normals(vertices, surface.faces)
         looks = sample(torch.cat([surface.albedo, normals], 1), raster, surface.faces)
         shading = harmonics(F.normalize(looks[:, 3:], dim=1)) @ _lit(sitting)
         color = to_srgb(looks[:, :3] * shading.clamp(min=0.02))

@@ -28,6 +28,7 @@ from backend.families.people.encoder import (
     crop,
     fov_of,
     joint_rotations,
+    mirrored,
     placement,
     write_codes,
     write_part,
@@ -93,9 +94,11 @@ def encode(
 
 
 def _ask(encoder: PhotoEncoder, photo: PersonPhoto) -> dict[str, Tensor]:
+    """The mean of what the encoder says of the square and of the mirrored one: its errors are not the same."""
     seen = crop(photo)
-    out = encoder(seen.square[None], torch.tensor([[seen.fov]]))
-    return {name: value.float() for name, value in out.items()}
+    said = encoder(torch.stack([seen.square, seen.square.flip(2)]), torch.full((2, 1), seen.fov))
+    straight, turned = ({name: value[i : i + 1].float() for name, value in said.items()} for i in (0, 1))
+    return {name: (straight[name] + value) / 2 for name, value in mirrored(turned).items()}
 
 
 def _start(model: PeopleModel, photos: Sequence[PersonPhoto], said: Sequence[Mapping[str, Tensor]]) -> Fit:
