@@ -223,7 +223,7 @@ class POPULACE_OT_setup_backend_offline(_Setup, bpy.types.Operator):
                               description="Holds PyTorch and the other packages as wheels")  # fmt: skip
     filter_folder: BoolProperty(default=True, options={"HIDDEN"})
     filter_glob: StringProperty(default="*.whl", options={"HIDDEN"})
-    filename: StringProperty(options={"HIDDEN", "SKIP_SAVE"})  # without it Blender shows folders only, and no wheels
+    filename: StringProperty(subtype="FILE_NAME", options={"HIDDEN", "SKIP_SAVE"})  # without it only folders are shown
     python: StringProperty(name="Python", subtype="FILE_PATH", options={"SKIP_SAVE"},
                            description="The Python to make the environment with. Leave empty to find one")  # fmt: skip
 
