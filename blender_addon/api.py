@@ -209,7 +209,8 @@ class _Reply:
     async def body(self, limit: int) -> bytearray:
         if self._left is not None and self._left > limit:
             raise BadReply(f"{self._left} bytes, more than the {limit} allowed")
-        data, filled = bytearray(0 if self._is_chunked else self._left or 0), 0  # one that grows is moved again and again
+        filled = 0  # of a buffer as long as was told: one that grows is moved again and again
+        data = bytearray(0 if self._is_chunked else self._left or 0)
         while piece := await self.piece():
             data[filled : filled + len(piece)] = piece
             filled += len(piece)

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 MAX_ICONS: Final = 300
 MAX_SIDE: Final = 512
-_DOT: Final = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAAC0lEQVR42mNgAAIAAAUAAen63NgAAAAASUVORK5CYII=")
+_DOT: Final = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAAC0lEQVR42mNgAAIAAAUAAen63NgAAAAASUVORK5CYII="
+)
 _icons: Any = None  # the preview collection
 _waiting: dict[str, bytes] = {}
 _broken: set[str] = set()
