@@ -77,7 +77,7 @@ def get3dhuman(args: argparse.Namespace, device: torch.device, world: loop.World
         if name == "teacher":
             stage: Any = stages.TeacherStage(people, settings, *rest)
         elif name == "refine":
-            stage = stages.RefineStage(people, settings, student, *rest)
+            stage = stages.RefineStage(people, settings, teacher, *rest)
         else:
             stage = stages.DistillStage(people, settings, student, teacher, name, *rest)  # type: ignore[arg-type]
         minutes = args.minutes * HUMAN_SHARES[name] / sum(HUMAN_SHARES[n] for n in asked)
@@ -106,7 +106,7 @@ def _take_up(folder: Path, name: str, student: Any, teacher: Any) -> None:
     """What the stages before `name` left. Raises PopulaceError("not_found") if one has not run."""
     from backend.families.get3dhuman.stages import finished
 
-    needed = {"shape": ("teacher",), "texture": ("teacher", "shape"), "refine": ("texture",)}.get(name, ())
+    needed = {"shape": ("teacher",), "texture": ("teacher", "shape"), "refine": ("teacher", "texture")}.get(name, ())
     for earlier in needed:
         path = folder / earlier / loop.CHECKPOINT
         if not path.exists():

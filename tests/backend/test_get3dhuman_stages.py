@@ -17,6 +17,7 @@ from backend.families.get3dhuman.config import DISTANCE, SCALE, to_ndc, to_world
 from backend.families.get3dhuman.networks import Get3DHuman
 from backend.families.get3dhuman.people import People, to_picture
 from backend.families.get3dhuman.stages import SIZES, DistillStage, RefineStage, TeacherStage
+from backend.families.get3dhuman.teacher import Teacher
 from backend.families.get3dhuman.training import Branch
 from backend.protocol import PopulaceError
 from backend.training import checkpoint, loop, renders
@@ -174,8 +175,8 @@ def test_resumed_distillation_ends_with_the_same_bytes(people: People, tmp_path:
 
 def test_refined_pictures_come_nearer(people: People) -> None:
     torch.manual_seed(0)
-    student = Get3DHuman(replace(TINY.config, resolution=32))
-    stage = RefineStage(people, replace(TINY, batch=4), student, 0, CPU)
+    teacher = Teacher(replace(TINY.config, resolution=32), TINY.residues)
+    stage = RefineStage(people, replace(TINY, batch=4), teacher, 0, CPU)
     assert stage.measure().keys() == {"fool", "matching", "moduli", "difference", "before"}
     told = [figures["refine/difference"] for figures in steps(stage, 40)]
     assert sum(told[-5:]) < 0.95 * sum(told[:5])

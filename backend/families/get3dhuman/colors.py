@@ -26,6 +26,7 @@ Colors = Callable[[Float[Tensor, "N 3"]], Float[Tensor, "N 3"]]
 
 ANGLES = (math.pi, 0.0)  # the order of the published run
 NEAREST = 2 * 0.154  # depth from which on a pixel becomes a point of the published look
+WIDENED = 512 / 4  # pictures are so many times as wide as what their mask is widened by
 SHARPNESS = 2  # a view counts with cosine^SHARPNESS
 GRAZING = 0.3  # cosine below which a view is smeared: the seam
 BEHIND = 0.02  # ndc that a point may lie off the surface that a view met
@@ -53,8 +54,11 @@ def look(
 
 
 def paint(view: View, colors: Colors) -> Float[Tensor, "N N 3"]:
-    """Colours at the kept points within the mask, which is widened by a 4 x 4 square; white elsewhere."""
-    wide = functional.max_pool2d(functional.pad(view.mask[None, None].float(), (2, 1, 2, 1)), 4, 1)[0, 0] > 0
+    """Colours at the kept points within the mask, which is widened by a square, 4 x 4 in the published pictures of 512
+    pixels and as much of a person in others; white elsewhere."""
+    side = max(1, round(len(view.mask) / WIDENED))
+    margin = (side // 2, (side - 1) // 2) * 2
+    wide = functional.max_pool2d(functional.pad(view.mask[None, None].float(), margin), side, 1)[0, 0] > 0
     picture = torch.ones_like(view.points)
     picture[wide] = colors(view.ndc[wide])
     return picture

@@ -4,8 +4,9 @@
     teacher   the prior network on pictures, depth, normals; what is inside and its colours at points (PIFu's losses)
     shape     V_s of a person's code against the teacher's V_s of the picture (`training.Distiller`)
     texture   V_t likewise, the shape's branch frozen
-    refine    pictures traced from the field of the code against the picture: LSGAN on patches of two scales, feature
-              matching, and differences of wavelet moduli in place of VGG19's features, whose weights are not ours
+    refine    pictures traced from the teacher's field of a picture against the picture: LSGAN on patches of two scales,
+              feature matching, and differences of wavelet moduli in place of VGG19's features, whose weights are not
+              ours. Generators make such fields too, but not yet that person's of a code
 
 Not published, hence ours: sizes, rates, weights of the losses, how long. Batch normalisation keeps the statistics of
 the process that writes.
@@ -364,15 +365,15 @@ class PatchCritic(nn.Module):
 
 
 class RefineStage(_Stage):
-    """The refine net on what the finished generators draw of the people's codes."""
+    """The refine net on what the teacher makes of people's pictures, which is what generators learn to make."""
 
     name = "refine"
 
     def __init__(
-        self, people: People, settings: Settings, student: Get3DHuman, seed: int, device: torch.device, rank: int = 0
+        self, people: People, settings: Settings, teacher: Teacher, seed: int, device: torch.device, rank: int = 0
     ) -> None:
         super().__init__(people, settings, seed, device, rank)
-        self.student = student.to(device).eval().requires_grad_(False)
+        self.priors = Priors(people, teacher, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.refine = RefineNet(self.settings.config.refine_width).to(device).train()
@@ -388,13 +389,11 @@ class RefineStage(_Stage):
     @torch.no_grad()
     def pairs(self, items: list[Item]) -> tuple[Float[Tensor, "B 3 R R"], Float[Tensor, "B 3 R R"]]:
         """Pictures traced from the field, and the people's own; 0..1 on white."""
-        student, size = self.student, self.settings.config.z_dim
         for item in items:
             if item.name not in self._drawn:
-                one, two = (self.people.z(item, size, b)[None].to(self.device) for b in ("shape", "texture"))
-                picture, shape = student.shape_features(student.backbone_shape.mapping(one))
-                texture = student.texture_features(student.backbone_texture.mapping(two), picture)[1]
-                self._drawn[item.name] = traced(student, shape[0], texture[0], self.people.size).cpu()
+                prior = self.priors([item])
+                shape, texture = prior.shape_volume[0], prior.texture_volume[0]
+                self._drawn[item.name] = traced(self.priors.teacher, shape, texture, self.people.size).cpu()
         seen = self.people.seen(items)
         real = torch.where(seen.mask, (seen.picture + 1) / 2, 1.0)
         return torch.stack([self._drawn[i.name] for i in items]).to(self.device), real.to(self.device)
