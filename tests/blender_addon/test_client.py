@@ -365,7 +365,7 @@ def test_shutdown_may_start_another(home: Path) -> None:
         await until(lambda: bool(links))
         assert links == [Link.OFF]
         assert fake.stopped.is_set()
-        assert made.link is Link.STARTING
+        assert made.link in (Link.STARTING, Link.READY)  # this one still answers after it was asked to end
 
     run(scenario, home)
 
