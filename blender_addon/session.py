@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final
@@ -25,6 +25,7 @@ from .packet import Human, read
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S: Final = 2.0
+CLOSE_INTERVAL_S: Final = 0.2
 SHUTDOWN_TIMEOUT_S: Final = 5.0
 SENT_LIFE_S: Final = 1200.0  # how long an image is taken to be there still; the backend keeps unused ones for an hour
 MAX_CALLS: Final = 8  # at once; the backend refuses connections beyond 64, from all Blenders together
@@ -199,10 +200,7 @@ class Session:
 
     async def close(self) -> None:
         """Let go of the backend; it ends itself if nobody else holds it. Nothing of ours is left on the loop."""
-        tasks = [task for task in (self._life, *self._tasks) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _ended(lambda: [self._life, *self._tasks])
         self._drop_child()
         self._set(Link.OFF)
 
@@ -320,9 +318,7 @@ class Session:
                         await asyncio.sleep(process.POLL_S)
             except (BackendError, TimeoutError) as error:
                 log.warning("shutdown: %s", error)
-        if self._life is not None and not self._life.done():
-            self._life.cancel()
-            await asyncio.wait([self._life])
+        await _ended(lambda: [self._life])
         self._api, self.health = None, None
         self._drop_child(terminate=True)
         self._set(Link.OFF)
@@ -421,6 +417,17 @@ async def _with_images(api: Api, request: Request) -> dict[str, Any]:
                 api.sent[image] = ids[image], now
         holder[key] = ids[image]
     return raw
+
+
+async def _ended(running: Callable[[], Sequence[asyncio.Task[Any] | None]]) -> None:
+    """Cancel them until they have ended. Once is not enough: a task group forgets that it was cancelled if one of its
+    tasks fails just then, and what was to end connects again."""
+    while tasks := [task for task in running() if task is not None and not task.done()]:
+        for task in tasks:
+            task.cancel()
+        for task in (await asyncio.wait(tasks, timeout=CLOSE_INTERVAL_S))[0]:
+            if not task.cancelled():
+                task.exception()  # looked at, or the loop complains
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Any:

@@ -39,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, help="torchvision's inception_v3 weights as safetensors, for FID")
     parser.add_argument("--inversion", action="store_true",
                         help="photos to people instead of all the above; 200 where there is no --count")  # fmt: skip
+    parser.add_argument("--surfaces", action="store_true",
+                        help="with --inversion: surfaces and garments, no pictures; a third of the time")  # fmt: skip
     parser.add_argument("--photos", type=options.positive, default=1, help="of each person (default: 1)")
     parser.add_argument("--steps", type=int, default=60, help="of the fit, 0: the encoder alone (default: 60)")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")
@@ -88,7 +90,8 @@ def _inversion(args: argparse.Namespace) -> None:
         settings = Settings.load(device=args.device)
         model = families.load(args.family, settings.device, settings)
         assert isinstance(model, PeopleModel)
-        report = inversion.run(model, args.count or PHOTOGRAPHED, args.photos, args.steps, progress.show)
+        report = inversion.run(model, args.count or PHOTOGRAPHED, args.photos, args.steps, not args.surfaces,
+                               progress.show)  # fmt: skip
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else as_text(report))
 
 

@@ -276,7 +276,8 @@ def test_mesh_facts_see_holes_and_shells() -> None:
 
 def test_the_same_bytes_on_any_number_of_threads() -> None:
     """A farm's machines differ in processors; sums that hang on how work is split would differ with them."""
-    code = ("import hashlib; from backend import families, packet, pipeline; from backend.protocol import parse_request;"
+    code = ("import hashlib; from backend import families, packet, pipeline;"
+            "from backend.protocol import parse_request;"
             "from backend.settings import Settings; model = families.load('capsule', 'cpu', Settings.load());"
             "asset = pipeline.generate(parse_request({'family': 'capsule', 'seed': 3, 'texture_size': 512}), model)[0];"
             "print(hashlib.sha256(packet.to_glb(asset)).hexdigest())")  # fmt: skip

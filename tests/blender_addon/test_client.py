@@ -370,6 +370,35 @@ def test_shutdown_may_start_another(home: Path) -> None:
     run(scenario, home)
 
 
+def test_closing_ends_although_a_call_fails_just_then(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Blender that was busy for long: when its loop runs again to close, calls have timed out in the meantime."""
+    failed = []
+
+    async def scenario(fake: FakeBackend, made: Session) -> None:
+        made.connect()
+        await until(lambda: made.link is Link.READY)
+        health, calls = api.Api.health, []
+
+        async def silent(self: api.Api) -> Any:
+            calls.append(self)
+            if len(calls) > 1:
+                return await health(self)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                failed.append(self)
+                raise api.Unreachable("it fell silent") from None
+
+        monkeypatch.setattr(api.Api, "health", silent)
+        await until(lambda: bool(calls))
+        async with asyncio.timeout(10):
+            await made.close()
+
+    monkeypatch.setattr(session, "WATCH_INTERVAL_S", 0.05)
+    run(scenario, home)
+    assert failed
+
+
 # ------------------------------------------------------------------------------------------- processes of our own
 
 
