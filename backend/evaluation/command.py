@@ -41,6 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="photos to people instead of all the above; 200 where there is no --count")  # fmt: skip
     parser.add_argument("--surfaces", action="store_true",
                         help="with --inversion: surfaces and garments, no pictures; a third of the time")  # fmt: skip
+    parser.add_argument("--workers", type=options.positive, default=1,
+                        help="with --inversion: processes of one thread (default: 1, of all threads)")  # fmt: skip
     parser.add_argument("--photos", type=options.positive, default=1, help="of each person (default: 1)")
     parser.add_argument("--steps", type=int, default=60, help="of the fit, 0: the encoder alone (default: 60)")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")
@@ -90,8 +92,8 @@ def _inversion(args: argparse.Namespace) -> None:
         settings = Settings.load(device=args.device)
         model = families.load(args.family, settings.device, settings)
         assert isinstance(model, PeopleModel)
-        report = inversion.run(model, args.count or PHOTOGRAPHED, args.photos, args.steps, not args.surfaces,
-                               progress.show)  # fmt: skip
+        asked = inversion.Asked(args.photos, args.steps, not args.surfaces)
+        report = inversion.run(model, args.count or PHOTOGRAPHED, asked, args.workers, args.cache, progress.show)
     print(json.dumps(report, indent=2, allow_nan=False) if args.json else as_text(report))
 
 

@@ -10,12 +10,17 @@ an edit that holds in every view leaves the pictures as near as they were.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +38,7 @@ from backend.geometry.bake import smooth_normals
 from backend.latents import keep_maps
 from backend.photo.matting import find
 from backend.protocol import Inversion, PopulaceError
+from backend.settings import Settings
 from backend.training.photos import (
     Figure,
     View,
@@ -96,43 +102,105 @@ def make_case(model: PeopleModel, index: int, photos: int = 1) -> Case:
     return Case(figure, first, views, shots, matted)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is measured of everybody. Without `pictures` only surfaces and garments, in a third of the time; the
+    photos' colours are not laid."""
+
+    photos: int = 1
+    steps: int = 60  # of the fit
+    pictures: bool = True
+
+
 def run(
-    model: PeopleModel, count: int, photos: int = 1, steps: int = 60, pictures: bool = True,
+    model: PeopleModel, count: int, asked: Asked | None = None, workers: int = 1, cache: Path | None = None,
     show: Callable[[str, float], None] = lambda name, fraction: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All figures: medians and means over `count` people, at first glance ("encoder") and after `steps` ("fit").
-    Without `pictures` only those of surfaces and garments, in a third of the time; the photos' colours are not laid."""
-    features = extractor(None)[1] if pictures else None
-    each: dict[str, list[dict[str, float]]] = {"encoder": [], "fit": []}
-    matted = 0
-    for i in range(count):
-        case = make_case(model, i, photos)
-        matted += case.matted
-        for name, number in (("encoder", 0), ("fit", steps)):
-            codes_seconds = 0.0
-            if not number and pictures:  # the encoder alone, without the maps that are laid from the photo
-                begin = time.perf_counter()
-                model.encode(case.photos, Inversion(steps=0, texture=False))
-                codes_seconds = time.perf_counter() - begin
-            begin = time.perf_counter()
-            encoded = model.encode(case.photos, Inversion(steps=number, texture=pictures))
-            seconds = {"seconds": time.perf_counter() - begin}
-            if codes_seconds:
-                seconds["codes_seconds"] = codes_seconds
-            each[name].append(_measure(model, case, encoded, features) | seconds)
-            if number == steps == 0:
-                break
-        show("photos", (i + 1) / count)
-    report: dict[str, Any] = {"people": count, "photos": photos, "steps": steps, "cut_out_by_us": matted}
+    """All figures: medians and means over `count` people, at first glance ("encoder") and fitted ("fit"). Several
+    `workers` are processes of a thread each. Whoever is in the folder `cache` is not measured again."""
+    asked = asked or Asked()
+    if cache is not None:
+        weights = (model.weights_sha256 or "none")[:12]
+        cache = cache / f"photos-{weights}-{asked.photos}-{asked.steps}-{asked.pictures:d}"
+        cache.mkdir(parents=True, exist_ok=True)
+    found = []
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
+            measure_one = functools.partial(_measure_here, model.device.type, asked=asked, cache=cache)
+            answers = pool.map(measure_one, range(count))
+        else:
+            answers = (_measure_kept(model, i, asked, cache) for i in range(count))
+        for i, answer in enumerate(answers):
+            found.append(answer)
+            show("photos", (i + 1) / count)
+    each = {name: [one[name] for one in found if name in one] for name in ("encoder", "fit")}
+    report: dict[str, Any] = {"people": count, "photos": asked.photos, "steps": asked.steps,
+                              "cut_out_by_us": sum(one["matted"] for one in found)}  # fmt: skip
     for name, rows in each.items():
         if rows:
             report[name] = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
             report[name]["chamfer_mm_median"] = round(float(np.median([row["chamfer_mm"] for row in rows])), 2)
             report[name]["each"] = rows
     report["better_after_fit"] = _share_better(each)
-    if sys.platform != "win32":
-        report["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if found:
+        report["peak_memory_mib"] = max(one["peak_memory_mib"] for one in found)
     return report
+
+
+@functools.cache
+def _own_model(device: str) -> PeopleModel:
+    """Of a worker."""
+    from backend import families
+
+    torch.set_num_threads(1)
+    model = families.load("people", device, Settings.load(device=device))
+    assert isinstance(model, PeopleModel)
+    return model
+
+
+def _measure_here(device: str, index: int, asked: Asked, cache: Path | None) -> dict[str, Any]:
+    return _measure_kept(_own_model(device), index, asked, cache)
+
+
+def _measure_kept(model: PeopleModel, index: int, asked: Asked, cache: Path | None) -> dict[str, Any]:
+    path = cache / f"{index:05d}.json" if cache is not None else None
+    if path is not None and path.exists():
+        return json.loads(path.read_text("utf-8"))
+    answer = measure(model, index, asked)
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(answer), "utf-8")
+        part.replace(path)
+    return answer
+
+
+def measure(model: PeopleModel, index: int, asked: Asked) -> dict[str, Any]:
+    """One person: {"encoder": figures, "fit": figures, "matted", "peak_memory_mib" of this process till now}."""
+    case = make_case(model, index, asked.photos)
+    looks = looks_of(model, case) if asked.pictures else None
+    out: dict[str, Any] = {"matted": case.matted}
+    for name, number in (("encoder", 0), ("fit", asked.steps)) if asked.steps else (("encoder", 0),):
+        seconds = {}
+        if not number and asked.pictures:  # the encoder alone, without the maps that are laid from the photo
+            begin = time.perf_counter()
+            model.encode(case.photos, Inversion(steps=0, texture=False))
+            seconds["codes_seconds"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        encoded = model.encode(case.photos, Inversion(steps=number, texture=asked.pictures))
+        seconds["seconds"] = time.perf_counter() - begin
+        out[name] = _measure(model, case, encoded, looks) | seconds
+    out["peak_memory_mib"] = 0
+    if sys.platform != "win32":
+        import resource
+
+        out["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return out
+
+
+@functools.cache
+def _features() -> Callable[[torch.Tensor], torch.Tensor]:
+    return extractor(None)[1]
 
 
 def _share_better(each: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
@@ -144,52 +212,68 @@ def _share_better(each: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str
             for key in keys}  # fmt: skip
 
 
-def _measure(
-    model: PeopleModel, case: Case, encoded: Encoded, features: Callable[[torch.Tensor], torch.Tensor] | None
-) -> dict[str, float]:
-    mine = make_figure(model, encoded.latents, FINE)
-    rotations = np.array([encoded.rotations[bone] for bone in mine.bones.names])
-    truth, ours = stand(case.figure, case.rotations), stand(mine, rotations)
-    motion = align(ours, truth)
-    placed = (motion[0] * ours @ motion[1].T + motion[2]).astype(np.float32)
-    out = surface_error(placed, mine.faces, truth, case.figure.faces)
-    out["garments"] = _same_garments(model, encoded, case.figure)
-    if features is None:
-        return out
-    c2w = np.array(encoded.camera["c2w"])
-    out |= _from_the_photo(case, mine, ours, c2w, float(encoded.camera["fov_y_rad"]))
+@dataclass(frozen=True)
+class Looks:
+    """How the one who was photographed looks from the new views."""
+
+    views: list[View]
+    faces: list[View]  # of the head
+    pictures: list[Array]
+    heads: list[Array]
+    edited: list[Array]  # the pictures with EDIT
+
+
+def looks_of(model: PeopleModel, case: Case) -> Looks:
+    truth = stand(case.figure, case.rotations)
     first = math.atan2(*(case.views[0].c2w[:3, 3] - truth.mean(0))[[0, 2]])
     angles = [first + 2 * math.pi * n / (VIEWS + 1) for n in range(1, VIEWS + 1)]
     views = [view_from(truth, angle, 0.05) for angle in angles]
-    sides = [(mine, placed), (case.figure, truth)]
-    pictures = [[take(figure, rotations, view, None, SQUARE, 2, at) for view in views] for figure, at in sides]
-    out |= {f"new_{k}": v for k, v in _compare(pictures[0], pictures[1], features).items()}
     crown = truth[case.figure.points[:, 1] > 1.42]
     faces = [view_from(crown, angle, 0.0, distance=2.5) for angle in angles if math.cos(angle - first) > 0.3]
-    heads = [[take(figure, rotations, view, None, SQUARE // 2, 2, at) for view in faces] for figure, at in sides]
-    out["face_db"] = _compare(heads[0], heads[1], None)["psnr_db"]
-    return out | _edited(model, case, encoded, (rotations, motion), views, pictures)
+    person = Latents("people", {k: torch.from_numpy(v) for k, v in case.figure.codes.items()})
+    edited = _edited(model, person)
+    return Looks(
+        views, faces, _pictures(case.figure, truth, views), _pictures(case.figure, truth, faces, SQUARE // 2),
+        _pictures(edited, stand(edited, case.rotations), views),
+    )  # fmt: skip
 
 
-def _edited(
-    model: PeopleModel, case: Case, encoded: Encoded, stands: tuple[Array, tuple[float, Array, Array]],
-    views: Sequence[View], before: Sequence[Sequence[Array]],
-) -> dict[str, float]:  # fmt: skip
-    """Both people with the same edit, in the same views: "edited_psnr_db", and "edit_drop_db", what the view that
-    suffers most has lost against the people without the edit."""
-    (rotations, (scale, turn, shift)), pictures = stands, []
-    truth = Latents("people", {k: torch.from_numpy(v) for k, v in case.figure.codes.items()})
-    for person, own, moved in ((encoded.latents, rotations, True), (truth, case.rotations, False)):
-        worn = {k: v for k, v in EDIT.items() if k.removesuffix("_color") not in PARTS
-                or f"{k.removesuffix('_color')}/shape" in person.codes}  # fmt: skip
-        figure = make_figure(model, keep_maps(person, model.edit(person, worn)), FINE)
-        vertices = stand(figure, own)
-        if moved:
-            vertices = (scale * vertices @ turn.T + shift).astype(np.float32)
-        pictures.append([take(figure, own, view, None, SQUARE, 2, vertices) for view in views])
-    lost = [_compare([a], [b], None)["psnr_db"] - _compare([c], [d], None)["psnr_db"]
-            for a, b, c, d in zip(*before, *pictures, strict=True)]  # fmt: skip
-    return {"edited_psnr_db": _compare(*pictures, None)["psnr_db"], "edit_drop_db": max(lost)}
+def _pictures(figure: Figure, at: Array, views: Sequence[View], size: int = SQUARE) -> list[Array]:
+    """In flat colours, already posed."""
+    return [take(figure, np.zeros((0, 4)), view, None, size, 2, at) for view in views]
+
+
+def _edited(model: PeopleModel, person: Latents) -> Figure:
+    """With EDIT, as far as it concerns what they wear."""
+    values = {k: v for k, v in EDIT.items() if k.removesuffix("_color") not in PARTS
+              or f"{k.removesuffix('_color')}/shape" in person.codes}  # fmt: skip
+    return make_figure(model, keep_maps(person, model.edit(person, values)), FINE)
+
+
+def _measure(model: PeopleModel, case: Case, encoded: Encoded, looks: Looks | None) -> dict[str, float]:
+    """Without `looks` no pictures."""
+    mine = make_figure(model, encoded.latents, FINE)
+    rotations = np.array([encoded.rotations[bone] for bone in mine.bones.names])
+    truth, ours = stand(case.figure, case.rotations), stand(mine, rotations)
+    scale, turn, shift = align(ours, truth)
+
+    def placed(vertices: Array) -> Array:
+        return (scale * vertices @ turn.T + shift).astype(np.float32)
+
+    out = surface_error(placed(ours), mine.faces, truth, case.figure.faces)
+    out["garments"] = _same_garments(model, encoded, case.figure)
+    if looks is None:
+        return out
+    c2w = np.array(encoded.camera["c2w"])
+    out |= _from_the_photo(case, mine, ours, c2w, float(encoded.camera["fov_y_rad"]))
+    pictures = _pictures(mine, placed(ours), looks.views)
+    out |= {f"new_{k}": v for k, v in _compare(pictures, looks.pictures, _features()).items()}
+    out["face_db"] = float(np.mean(_psnrs(_pictures(mine, placed(ours), looks.faces, SQUARE // 2), looks.heads)))
+    edited = _edited(model, encoded.latents)
+    after = _psnrs(_pictures(edited, placed(stand(edited, rotations)), looks.views), looks.edited)
+    lost = [a - b for a, b in zip(_psnrs(pictures, looks.pictures), after, strict=True)]
+    # "edit_drop_db": what the view that suffers most has lost against the people without the edit
+    return out | {"edited_psnr_db": float(np.mean(after)), "edit_drop_db": max(lost)}
 
 
 def _from_the_photo(case: Case, mine: Figure, ours: Array, c2w: Array, fov: float) -> dict[str, float]:
@@ -225,16 +309,25 @@ def _from_the_photo(case: Case, mine: Figure, ours: Array, c2w: Array, fov: floa
     return {f"input_{k}": v for k, v in _compare([drawn], [seen], None).items()}
 
 
+def _on_grey(*people: Sequence[Array]) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.stack([p[..., :3] * p[..., 3:] + GREY * (1 - p[..., 3:]) for p in pictures]))
+            .movedim(3, 1).float() for pictures in people]  # fmt: skip
+
+
+def _psnrs(mine: Sequence[Array], theirs: Sequence[Array]) -> list[float]:
+    """Of each straight RGBA picture on grey."""
+    return [psnr(x[None], y[None]) for x, y in zip(*_on_grey(mine, theirs), strict=True)]
+
+
 def _compare(
     mine: Sequence[Array], theirs: Sequence[Array], features: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> dict[str, float]:
     """Straight RGBA pictures on grey."""
-    a, b = (torch.from_numpy(np.stack([p[..., :3] * p[..., 3:] + GREY * (1 - p[..., 3:]) for p in pictures]))
-            .movedim(3, 1).float() for pictures in (mine, theirs))  # fmt: skip
+    a, b = _on_grey(mine, theirs)
     either = torch.from_numpy(np.stack([np.maximum(p[..., 3], q[..., 3]) > 0.5
                                         for p, q in zip(mine, theirs, strict=True)]))  # fmt: skip
-    out = {"psnr_db": float(np.mean([psnr(x[None], y[None]) for x, y in zip(a, b, strict=True)])),
-           "person_db": psnr(a, b, either), "ssim": float(ssim(a, b).mean())}  # fmt: skip
+    out = {"psnr_db": float(np.mean(_psnrs(mine, theirs))), "person_db": psnr(a, b, either),
+           "ssim": float(ssim(a, b).mean())}  # fmt: skip
     if features is not None:
         x, y = features(a), features(b)
         out["feature_distance"] = float((x - y).norm(dim=1).mean() / y.norm(dim=1).mean())

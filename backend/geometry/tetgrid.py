@@ -81,7 +81,9 @@ class Lattice:
 
 
 @torch.no_grad()
-def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_step) -> TriMesh:
+def extract_surface(
+    field: HumanField, grid_resolution: int, step: Step = no_step, displaced: bool = True
+) -> TriMesh:  # fmt: skip
     """The zero surface of `field` on a lattice with `grid_resolution` cells along the longest side of its bounds.
 
     The field is asked at the nodes of a coarse lattice, then only where the surface may be: at a node where |sdf| is
@@ -89,7 +91,7 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
     cell to cell, so that it is closed even where the field is steeper than a distance. The cost grows with the
     surface, and the mesh is the one that asking everywhere would give. A `LatticeField` is
     asked everywhere. `step` is called after every few thousand points; `field.offset` is asked once, at the nodes of
-    the edges that the surface crosses.
+    the edges that the surface crosses; without `displaced` it is not, and vertices are where their points are.
 
     Raises `empty_surface` if there is no surface, if it leaves the box or if the field is not finite.
     """
@@ -130,7 +132,7 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         cells = np.argwhere(_crossed(values < 0)).astype(np.int32)
         corners, nodes = _number(cells)
         sdf = check(values[tuple(nodes.T)], nodes)
-        return _surface_of(field, lattice, cells, corners, nodes, sdf, values.size, step)
+        return _surface_of(field, lattice, cells, corners, nodes, sdf, values.size, step, displaced)
     stride = 1 << levels
     cells = np.indices(-(-lattice.cells // stride)).reshape(3, -1).T.astype(np.int32)
     corners, nodes = _number(cells)
@@ -151,7 +153,7 @@ def extract_surface(field: HumanField, grid_resolution: int, step: Step = no_ste
         cells = np.concatenate([cells, missing])
         corners, nodes = _number(cells)
         sdf = np.concatenate([sdf, ask(nodes[len(sdf) :], 0.9)])
-    return _surface_of(field, lattice, cells, corners, nodes, sdf, asked, step)
+    return _surface_of(field, lattice, cells, corners, nodes, sdf, asked, step, displaced)
 
 
 def _crossed(inside: np.ndarray) -> np.ndarray:
@@ -166,7 +168,7 @@ def _crossed(inside: np.ndarray) -> np.ndarray:
 
 def _surface_of(
     field: HumanField, lattice: Lattice, cells: np.ndarray, corners: np.ndarray, nodes: np.ndarray, sdf: np.ndarray,
-    asked: int, step: Step,
+    asked: int, step: Step, displaced: bool,
 ) -> TriMesh:  # fmt: skip
     """The triangles of the cells that the surface crosses."""
     device = field.bounds.device
@@ -184,7 +186,7 @@ def _surface_of(
     used, edges = np.unique(edges, return_inverse=True)
     points = lattice.points(nodes[used], device)
     pairs = torch.from_numpy(edges.reshape(-1, 2)).to(device)
-    at_nodes = torch.cat([points, points + field.offset(points)], 1)
+    at_nodes = torch.cat([points, points + field.offset(points) if displaced else points], 1)
     both = marching.interpolate(at_nodes, torch.from_numpy(sdf[used]).to(device), pairs)
     if not torch.isfinite(both).all():
         raise PopulaceError("empty_surface", f"The offsets of {field.name!r} are not finite.", "Try another seed.")

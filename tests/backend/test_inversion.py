@@ -12,7 +12,7 @@ import torch
 from backend import families, poses
 from backend.evaluation import inversion as measured
 from backend.families.base import Latents, PersonPhoto
-from backend.families.people import encoder, fit, inversion, photo_maps
+from backend.families.people import encoder, fit, inversion, photo_maps, pose_search
 from backend.families.people.config import PARTS
 from backend.families.people.encoder import JOINTS, Placement, joint_rotations, mirrored, placement
 from backend.photo import posing
@@ -36,10 +36,13 @@ def figure(model):
 @pytest.fixture(scope="module")
 def shot(figure):
     """A person, in a calm pose, in a photo whose camera is known."""
-    rng = np.random.default_rng(3)
-    rotations = photos.random_rotations(rng, figure.bones)
+    return _shoot(figure, photos.random_rotations(np.random.default_rng(3), figure.bones), 0.3)
+
+
+def _shoot(figure, rotations, yaw: float):
+    """(rotations, vertices, view, photo)."""
     vertices = photos.stand(figure, rotations)
-    view = photos.view_from(vertices, 0.3, 0.05, distance=3.5)
+    view = photos.view_from(vertices, yaw, 0.05, distance=3.5)
     view = photos.View(view.c2w, 2 * math.atan(1.3 * math.tan(view.fov / 2)))
     light = photos.Light(np.array([0.3, 0.5, 0.81]), np.full(3, 0.6), np.full(3, 0.5), np.full(3, 0.3))
     image = photos.take(figure, rotations, view, light, 480, 2, vertices)
@@ -254,6 +257,34 @@ def test_the_fit_comes_back_from_a_disturbed_start(model, figure, shot):
     assert inversion._scores(found)["mask_iou"] > max(0.88, overlap)
 
 
+def test_a_step_with_the_other_leg_is_found(model, figure):
+    """Seen from the side: the mirrored step leaves about the same outline, and from there descent does not arrive."""
+    rotations = poses.pose("walking", figure.bones)[0].astype(np.float64)
+    sitting, codes = _sitting(model, figure, _shoot(figure, rotations, 1.3), 0.0)
+    truth, place = sitting.rotations, sitting.place
+    legs = [model.bones.index(name) for name in ("thigh_l", "thigh_r", "calf_l", "calf_r")]
+    off = {}
+    for way in ("descent", "search"):
+        sitting.rotations, sitting.place, sitting.said = pose_search.mirrored(truth, model.bones), place, None
+        found = fit.Fit(model, codes, [sitting])
+        found.solve_light()
+        if way == "search":
+            pose_search.search(found, 6, inversion.FITTED // 2, lambda fraction: None)
+        found.descend(20, inversion.FITTED // 2)
+        cosine = ((truth.transpose(1, 2) @ found.sittings[0].rotations).diagonal(0, 1, 2).sum(1) - 1) / 2
+        off[way] = math.degrees(float(cosine[legs].clamp(-1, 1).arccos().mean()))
+    assert off["descent"] > 15
+    assert off["search"] < 6
+
+
+def test_the_nearest_rotation_is_the_rotation_of_a_scaled_one():
+    turn = torch.linalg.qr(torch.randn(50, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    turn = turn * torch.det(turn)[:, None, None]
+    torch.testing.assert_close(pose_search.nearest_rotation(turn.float() * 0.3), turn.float(), atol=1e-5, rtol=0)
+    half = pose_search.nearest_rotation((turn + torch.eye(3)).float() / 2)
+    torch.testing.assert_close(torch.det(half), torch.ones(50), atol=1e-5, rtol=0)
+
+
 def test_the_gradient_of_a_place_is_that_of_differences(model, figure, shot):
     """Sideways motion: the renderer's derivative against a wide central difference."""
     sitting, codes = _sitting(model, figure, shot, 0.03)
@@ -400,17 +431,41 @@ def test_a_surface_has_no_error_to_itself_and_a_known_one_to_a_larger_ball():
 
 def test_perfect_latents_are_measured_as_perfect(model):
     """The very person and pose, seen by the very camera: what the figures are when nothing is wrong."""
-    from backend.evaluation.features import extractor
     from backend.families.base import Encoded
 
     case = measured.make_case(model, 3)
     codes = {k: torch.from_numpy(v) for k, v in case.figure.codes.items()}
     rotations = {b: tuple(map(float, q)) for b, q in zip(case.figure.bones.names, case.rotations, strict=True)}
     camera = {"c2w": case.views[0].c2w.tolist(), "fov_y_rad": case.views[0].fov, "width": 768, "height": 768}
-    out = measured._measure(model, case, Encoded(Latents("people", codes), rotations, camera, {}), extractor(None)[1])
+    perfect = Encoded(Latents("people", codes), rotations, camera, {})
+    out = measured._measure(model, case, perfect, measured.looks_of(model, case))
     assert out["chamfer_mm"] < 2.5  # of points drawn at random
     assert out["new_psnr_db"] > 35
     assert out["input_psnr_db"] > 28
     assert out["garments"] == 1
     assert out["edited_psnr_db"] > 35
     assert out["edit_drop_db"] < 4  # of more than 35
+
+
+def test_a_killed_evaluation_goes_on(model, tmp_path, monkeypatch):
+    """Whoever was measured is kept; who is not is measured; other questions are asked anew."""
+    asked = measured.Asked(steps=0, pictures=False)
+    whole = measured.run(model, 2, asked, cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    (kept / "00001.json").unlink()
+    seen = []
+    monkeypatch.setattr(measured, "measure", lambda model, index, asked, old=measured.measure:
+                        seen.append(index) or old(model, index, asked))  # fmt: skip
+    again = measured.run(model, 2, asked, cache=tmp_path)
+    assert seen == [1]
+    assert again["encoder"]["chamfer_mm"] == whole["encoder"]["chamfer_mm"]
+    assert again["people"] == len(again["encoder"]["each"]) == 2
+    measured.run(model, 1, measured.Asked(photos=2, steps=0, pictures=False), cache=tmp_path)
+    assert seen == [1, 0]
+
+
+def test_workers_measure_the_same_people(model):
+    asked = measured.Asked(steps=0, pictures=False)
+    alone, two = measured.run(model, 2, asked), measured.run(model, 2, asked, workers=2)
+    assert two["encoder"]["chamfer_mm"] == pytest.approx(alone["encoder"]["chamfer_mm"], abs=1e-3)
+    assert [row["garments"] for row in two["encoder"]["each"]] == [row["garments"] for row in alone["encoder"]["each"]]

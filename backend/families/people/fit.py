@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from backend import poses
 from backend.families.base import Latents
 from backend.families.people.config import BODY_DIM, LOOSE, PARTS, THICK, TRIM
 from backend.families.people.encoder import JOINTS, Crop, Placement, square_camera
@@ -27,7 +26,6 @@ from backend.geometry.bake import smooth_normals
 from backend.geometry.mesh import vertex_normals
 from backend.geometry.tetgrid import extract_surface
 from backend.photo.posing import forward_kinematics, skin
-from backend.poses import Bones
 from backend.render.camera import to_clip
 from backend.render.rasterize import Raster, rasterize, sample, to_image
 from backend.render.shade import to_linear, to_srgb
@@ -36,16 +34,15 @@ from backend.render.silhouette import antialias, edge_topology
 if TYPE_CHECKING:
     from backend.families.people.model import PeopleModel
 
-RELAXED = "standing_1"  # the library's pose that fingers and toes are taken from
 SCALES = 4  # halvings of the pictures that are compared
 GRID = 72  # cells of the surface that is fitted
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
 GAIN = 3.5  # largest log of what a palette is multiplied by at once
 LEAST = 1e-3  # share of the square that a part must fill to tell its colours
-PRIORS = {"shape": 0.004, "pose": 3e-3}
+PRIORS = {"shape": 0.004, "pose": 2e-3}
 DOUBTS = {"upperarm": 0.3, "lowerarm": 0.35, "hand": 0.2, "thigh": 0.12, "calf": 0.12, "foot": 0.12, "head": 0.15}
 """Radians by which the encoder errs about each joint (one standard deviation), the others by 0.07."""
-DOUBT_TURN = 0.1
+DOUBT_TURN = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,19 +62,20 @@ class Surface:
 
 @dataclass
 class Sitting:
-    """What belongs to one photo."""
+    """What belongs to one photo. The prior holds the pose near `said`, to which it is set by the first descent."""
 
     crop: Crop
     rotations: Float[Tensor, "J 3 3"]
     place: Placement
     light: Float[Tensor, "9 3"] | None = None
+    said: tuple[Float[Tensor, "J 3 3"], Float[Tensor, "3 3"]] | None = None  # rotations, turn
 
 
 def surface_of(model: PeopleModel, codes: Mapping[str, Tensor], grid_resolution: int = GRID) -> Surface:
     """Raises `empty_surface`."""
     field: Any = model.decode(Latents("people", codes))[0]
     with torch.no_grad():
-        mesh = extract_surface(field, grid_resolution)
+        mesh = extract_surface(field, grid_resolution, displaced=False)
         near, share = field._neighbours(mesh.points)
         bones, weights = field.skin(mesh.points)
         albedo = to_linear(field.color(mesh.points))
@@ -109,14 +107,6 @@ class Body:
         vertices, heads = self.rest(surface, w)
         turns, places = forward_kinematics(rotations[None], heads[None], self.parents)
         return skin(vertices, surface.bones, surface.weights, turns[0], places[0], heads), heads
-
-
-def relaxed(model: PeopleModel) -> Float[Tensor, "J 3 3"]:
-    """Rotations of all bones in the library's relaxed pose."""
-    _, ends = model.networks.body_shape(torch.zeros(1, BODY_DIM))  # pyright: ignore[reportCallIssue]
-    heads, tails = (e.numpy() for e in ends.split(len(model.bones)))
-    rig = Bones(model.bones, np.array(model.parents, np.int32), heads, tails)
-    return torch.from_numpy(poses.to_matrices(poses.pose(RELAXED, rig)[0])).float()
 
 
 def harmonics(normal: Float[Tensor, "N 3"]) -> Float[Tensor, "N 9"]:
@@ -286,14 +276,15 @@ class Fit:
         ], betas=(0.8, 0.95))  # fmt: skip
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1), 0)
         best, kept = np.inf, None
+        for sitting in self.sittings:
+            sitting.said = sitting.said or (sitting.rotations, sitting.place.turn)
         for i in range(steps + 1):
             total = PRIORS["shape"] * ((self.codes["body/shape"] + shape) ** 2).mean()
             for n, sitting in enumerate(self.sittings):
                 rotations, place = self._moved(sitting, turns[n], moves[n])
                 clip, vertices = self.clip(sitting, self.codes["body/shape"] + shape, rotations, place)
                 total = total + self.difference(n, self.draw(sitting, clip, vertices, size)) / len(self.sittings)
-                doubt = ((turns[n] / self.body.doubts) ** 2).sum() + ((moves[n][:3] / DOUBT_TURN) ** 2).sum()
-                total = total + PRIORS["pose"] * doubt
+                total = total + PRIORS["pose"] * self._doubt(sitting, rotations, place)
             if float(total.detach()) < best:
                 best = float(total.detach())
                 kept = (shape.detach().clone(), *([x.detach().clone() for x in xs] for xs in (turns, moves)))
@@ -312,6 +303,12 @@ class Fit:
                 sitting.rotations, sitting.place = self._moved(sitting, turn, move)
         return best
 
+    def _doubt(self, sitting: Sitting, rotations: Tensor, place: Placement) -> Tensor:
+        """Squared angles from what was said, in the encoder's standard deviations: |R - S|^2 is twice the angle's."""
+        assert sitting.said is not None
+        joints = (rotations - sitting.said[0])[self.body.at].square().sum((1, 2)) / self.body.doubts[:, 0] ** 2
+        return (joints.sum() + (place.turn - sitting.said[1]).square().sum() / DOUBT_TURN**2) / 2
+
     def _moved(self, sitting: Sitting, turns: Tensor, move: Tensor) -> tuple[Tensor, Placement]:
         joints = _rotation(turns) @ sitting.rotations[self.body.at]
         rotations = sitting.rotations.index_copy(0, torch.tensor(self.body.at), joints)
@@ -325,11 +322,14 @@ class Fit:
     def choose(self, part: str, candidates: Sequence[tuple[Mapping[str, Tensor] | None, float]]) -> None:
         """The best of several codes for a part (None: not worn); each comes with what is added to its score."""
         scores = []
-        kept = dict(self.codes)
+        kept, present = dict(self.codes), self.surface
         for candidate, handicap in candidates:
             codes = {k: v for k, v in kept.items() if not k.startswith(f"{part}/")} | dict(candidate or {})
             self.codes = {k: v.clone() for k, v in codes.items()}
-            self.refresh()
+            if codes.keys() == kept.keys() and all(codes[name] is kept[name] for name in kept):
+                self.surface = present
+            else:
+                self.refresh()
             self.solve_part(part)
             scores.append((self.score() + handicap, self.codes, self.surface))
         _, self.codes, self.surface = min(scores, key=lambda s: s[0])
@@ -348,11 +348,12 @@ class Fit:
     def search_cut(self, part: str, spans: Mapping[int, Sequence[float]]) -> None:
         """Try other lengths and widths of a cut garment, number by number."""
         for index, deltas in spans.items():
-            candidates = []
-            for delta in (0.0, *deltas):
+            present = {name: self.codes[name] for name in (f"{part}/shape", f"{part}/tex")}
+            candidates: list[tuple[Mapping[str, Tensor], float]] = [(present, 0.0)]
+            for delta in deltas:
                 shape = self.codes[f"{part}/shape"].clone()
                 shape[0, index] += delta
-                candidates.append(({f"{part}/shape": shape, f"{part}/tex": self.codes[f"{part}/tex"]}, 0.0))
+                candidates.append((present | {f"{part}/shape": shape}, 0.0))
             self.choose(part, candidates)
 
 

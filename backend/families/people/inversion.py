@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from backend import poses
 from backend.families.base import Encoded, Latents, PersonPhoto, Step, no_step
+from backend.families.people import pose_search
 from backend.families.people.config import CLOTH, PARTS
 from backend.families.people.encoder import (
     JOINTS,
@@ -33,7 +34,7 @@ from backend.families.people.encoder import (
     write_codes,
     write_part,
 )
-from backend.families.people.fit import CUTS, Fit, Sitting, Surface, harmonics, relaxed, surface_of
+from backend.families.people.fit import CUTS, Fit, Sitting, Surface, harmonics, surface_of
 from backend.families.people.photo_maps import BODY_BOX, BOXES, HEAD_BOX, Canvas
 from backend.geometry.bake import smooth_normals
 from backend.networks.volumes import Volume
@@ -105,10 +106,10 @@ def _start(model: PeopleModel, photos: Sequence[PersonPhoto], said: Sequence[Map
     """What the encoder says: codes by the mean of all photos, pose and place of each."""
     codes = write_codes(_agreed(said), model.facts)
     at = torch.tensor([model.bones.index(name) for name in JOINTS])
-    sittings = []
+    sittings, usual = [], pose_search.relaxed(model)
     for photo, answer in zip(photos, said, strict=True):
         seen = crop(photo, FITTED)
-        rotations = relaxed(model).index_copy(0, at, joint_rotations(answer["joints"])[0])
+        rotations = usual.index_copy(0, at, joint_rotations(answer["joints"])[0])
         sittings.append(Sitting(seen, rotations, placement(answer, seen.fov)))
     fit = Fit(model, codes, sittings)
     fit.solve_light()
@@ -118,14 +119,10 @@ def _start(model: PeopleModel, photos: Sequence[PersonPhoto], said: Sequence[Map
 
 def _face_about(fit: Fit) -> None:
     """Outlines do not tell front from back: whoever explains the photo better turned about, is turned about."""
-    names = list(fit.model.bones)
-    partner = torch.tensor([names.index(n[:-2] + {"_l": "_r", "_r": "_l"}[n[-2:]]) if n[-2:] in ("_l", "_r") else j
-                            for j, n in enumerate(names)])  # fmt: skip
-    mirror = torch.diag(torch.tensor([-1.0, 1, 1]))
     about = torch.diag(torch.tensor([-1.0, 1, -1]))
     for n, sitting in enumerate(fit.sittings):
         kept = replace(sitting), fit.score_of(n)
-        sitting.rotations = mirror @ sitting.rotations[partner] @ mirror
+        sitting.rotations = pose_search.mirrored(sitting.rotations, fit.model.bones)
         sitting.place = replace(sitting.place, turn=sitting.place.turn @ about)
         fit.solve_light()
         if fit.score_of(n) > (1 - FLIP) * kept[1]:
@@ -138,9 +135,10 @@ def _agreed(said: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: float, step: Step) -> None:
-    """Place and pose, garments, cuts, then everything finely. Every stage starts only while there is time."""
+    """Which pose it is; place and pose, garments, cuts, then everything finely. Every stage starts only while there is
+    time. `steps` are those after the search of the pose, which takes an eighth of them for every pose it fits."""
     agreed = _agreed(said)
-    first, second = round(0.45 * steps), round(0.25 * steps)
+    few, first, second = max(1, round(steps / 8)), round(0.45 * steps), round(0.25 * steps)
 
     def late() -> bool:
         return time.monotonic() > until
@@ -154,7 +152,11 @@ def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: f
         return report
 
     try:
-        fit.descend(first, FITTED // 2, 1.0, within(0.0, 0.3))
+        fit.descend(few, FITTED // 2, 1.0, within(0.0, 0.05))
+        fit.solve_light()
+        fit.solve_colors()
+        pose_search.search(fit, few, FITTED // 2, within(0.05, 0.15))
+        fit.descend(first, FITTED // 2, 1.0, within(0.15, 0.3))
         fit.solve_light()
         fit.solve_colors()
         for n, part in enumerate(PARTS):

@@ -319,6 +319,7 @@ class PeopleField:
         self.displacement = person.displacement
         self.bounds = self.model.bounds
         self._labelled: tuple[Tensor, int, Tensor] | None = None
+        self._near: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
         self.focus, self.region_density = self.model.focus, self.model.region_density
 
     def body_sdf(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
@@ -381,13 +382,17 @@ class PeopleField:
 
     def _neighbours(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Control points near each point [N, K] and weights that vanish at the K-th neighbour (modified Shepard), so
-        that the blend does not jump where neighbours change."""
+        that the blend does not jump where neighbours change. The last answer is kept, as that of `label`."""
+        if self._near is not None and self._near[0] is points and self._near[1] == points._version:
+            return self._near[2]
         distance, index = self.model.tree.query(points.detach().cpu().numpy(), k=NEIGHBOURS + 1, workers=2)
         radius = distance[:, -1:]
         weight = ((radius - distance[:, :-1]) / (radius * (distance[:, :-1] + 0.25 * radius))) ** 2
         weight = weight / weight.sum(1, keepdims=True)
-        return (torch.from_numpy(index[:, :-1]).to(points.device),
+        near = (torch.from_numpy(index[:, :-1]).to(points.device),
                 torch.from_numpy(weight.astype(np.float32)).to(points.device))  # fmt: skip
+        self._near = (points, points._version, near)
+        return near
 
     def offset(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         index, weight = self._neighbours(points)
