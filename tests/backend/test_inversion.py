@@ -257,6 +257,19 @@ def test_the_fit_comes_back_from_a_disturbed_start(model, figure, shot):
     assert inversion._scores(found)["mask_iou"] > max(0.88, overlap)
 
 
+@pytest.mark.parametrize("part", ["top", "bottom"])
+def test_an_item_is_said_as_it_was_made(model, part):
+    """Nothing of it is trimmed: its code is that of the same garment off the rail."""
+    from backend.training.crowd import Garment
+    from backend.training.people import garment_codes
+
+    items = model.facts["items"][part]
+    said = {name: torch.zeros(1, size) for name, size in encoder.layout(model.facts).items()}
+    codes = encoder.write_part(part, said, item=2)
+    shape, _ = garment_codes(part, Garment(items[2]["name"], pattern="plain"), items)
+    np.testing.assert_array_equal(codes[f"{part}/shape"][0].numpy(), shape)
+
+
 def test_a_step_with_the_other_leg_is_found(model, figure):
     """Seen from the side: the mirrored step leaves about the same outline, and from there descent does not arrive."""
     rotations = poses.pose("walking", figure.bones)[0].astype(np.float64)

@@ -38,6 +38,7 @@ from backend.families.people.config import (
     TRIM,
     WORN,
 )
+from backend.families.people.wardrobe import OPEN
 from backend.render.camera import Camera, perspective
 
 SIZE = 160  # pixels of the encoder's square
@@ -144,7 +145,7 @@ def write_part(part: str, said: Mapping[str, Tensor], item: int | None = None) -
     if part in CLOTH and chosen == said[f"{part}/item"].shape[1] - 1:
         shape[0, TRIM], shape[0, THICK], shape[0, LOOSE] = (*said[f"{part}/cut"][0].split([4, 1, 1]),)
     elif part in CLOTH:
-        shape[0, TRIM] = shape.new_tensor([-3.0, 1.0, 0.0, 0.0])
+        shape[0, TRIM.start : TRIM.start + len(OPEN[part])] = shape.new_tensor(OPEN[part])
     tex[0, :6] = said[f"{part}/palette"][0].clamp(-0.2, 1)
     tex[0, OWN + int(said[f"{part}/looks"].argmax())] = 1
     tex[0, SCALE] = said[f"{part}/scale"][0, 0]

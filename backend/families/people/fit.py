@@ -38,6 +38,7 @@ SCALES = 4  # halvings of the pictures that are compared
 GRID = 72  # cells of the surface that is fitted
 TINT = 3.0  # how much surer grey light is than any colour of it, in whole pictures
 GAIN = 3.5  # largest log of what a palette is multiplied by at once
+STRANGE = 0.5  # log colours off from which on a pixel counts a quarter
 LEAST = 1e-3  # share of the square that a part must fill to tell its colours
 PRIORS = {"shape": 0.004, "pose": 2e-3}
 DOUBTS = {"upperarm": 0.3, "lowerarm": 0.35, "hand": 0.2, "thigh": 0.12, "calf": 0.12, "foot": 0.12, "head": 0.15}
@@ -167,8 +168,9 @@ class Fit:
 
     @torch.no_grad()
     def solve_light(self, size: int = 128) -> None:
-        """Per photo: grey light by ridge regression of colours on albedo times harmonics, outliers counting less in
-        later passes; then its tint, which has to be asked for: a green shirt is likelier than a green lamp."""
+        """Per photo: grey light by ridge regression of colours on albedo times harmonics, outliers counting less, at
+        first those of an even light; then its tint, which has to be asked for: a green shirt is likelier than a green
+        lamp."""
         for sitting in self.sittings:
             seen, _, _ = self.look(sitting, size)
             colors, sure = self.photo_at(sitting, seen)
@@ -176,7 +178,9 @@ class Fit:
                 sitting.light = torch.zeros(9, 3).index_fill_(0, torch.tensor([0]), 0.8)
                 continue
             basis, albedo, colors = seen.shading[sure], seen.albedo[sure], colors[sure]
-            weight, light, tint = torch.ones(len(basis), 1), torch.zeros(9), torch.ones(3)
+            light, tint = torch.zeros(9), torch.ones(3)
+            flat = albedo * ((colors.mean(1) + 0.01) / (albedo.mean(1) + 0.01)).median()
+            weight = 1 / (1 + ((flat - colors).abs().mean(1, keepdim=True) / 0.16) ** 2)
             for _ in range(3):
                 bright = (albedo * tint).mean(1, keepdim=True)
                 a, b = basis * bright * weight, colors.mean(1) * weight[:, 0]
@@ -198,7 +202,8 @@ class Fit:
         self.refresh()
 
     def _gains(self, size: int) -> dict[int, Float[Tensor, " 3"]]:
-        """Linear colours of the photos over those drawn, by part: medians over its pixels, means over the photos."""
+        """Linear colours of the photos over those drawn, by part, means over the photos. Where an arm is drawn on
+        a shirt, the ratio is the shirt's: pixels count less the farther they are from most, first from no change."""
         ratios: dict[int, list[Tensor]] = {}
         for sitting in self.sittings:
             seen, _, _ = self.look(sitting, size)
@@ -207,8 +212,12 @@ class Fit:
             for label in range(len(self.parts)):
                 at = sure & (seen.labels == label)
                 if int(at.sum()) >= LEAST * size**2:
-                    ratio = (colors[at] + 0.01).log().median(0).values - (shaded[at] + 0.01).log().median(0).values
-                    ratios.setdefault(label, []).append(ratio)
+                    ratio = (colors[at] + 0.01).log() - (shaded[at] + 0.01).log()
+                    middle = torch.zeros(3)
+                    for _ in range(8):
+                        weight = (1 + ((ratio - middle) / STRANGE).square().sum(1, keepdim=True)) ** -2
+                        middle = (weight * ratio).sum(0) / weight.sum()
+                    ratios.setdefault(label, []).append(middle)
         return {label: torch.stack(found).mean(0).clamp(-GAIN, GAIN).exp() for label, found in ratios.items()}
 
     def _recolor(self, part: str, gain: Float[Tensor, " 3"]) -> None:
@@ -357,6 +366,21 @@ class Fit:
             self.choose(part, candidates)
 
 
+    def search_length(self, part: str) -> None:
+        """Try shorter sleeves or legs of a garment that is worn as it was made."""
+        present = {name: self.codes[name] for name in (f"{part}/shape", f"{part}/tex")}
+        candidates: list[tuple[Mapping[str, Tensor], float]] = [(present, 0.0)]
+        for length in LENGTHS[part]:
+            shape = self.codes[f"{part}/shape"].clone()
+            shape[0, TRIM.start] = length
+            candidates.append((present | {f"{part}/shape": shape}, SHORTER))
+        self.choose(part, candidates)
+        if float(self.codes[f"{part}/shape"][0, TRIM.start]) in LENGTHS[part]:
+            self.search_cut(part, {TRIM.start: (-0.2, 0.2)})
+
+
+LENGTHS = {"top": (-0.5, 0.0, 0.5), "bottom": (-0.8, -0.3, 0.3)}  # of sleeves and hems, see `cut.borders`
+SHORTER = 0.0005  # score that a shorter one must win
 CUTS = {TRIM.start: (-0.6, 0.6), TRIM.start + 1: (-0.6, 0.6), LOOSE: (-0.15, 0.15), THICK: (-0.3, 0.3)}
 
 

@@ -166,8 +166,11 @@ def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: f
             step("fit", 0.3 + 0.2 * (n + 1) / len(PARTS))
         fit.solve_light()
         for n, part in enumerate(CLOTH):
-            if f"{part}/shape" in fit.codes and _is_cut(fit, part) and not late():
-                fit.search_cut(part, CUTS)
+            if f"{part}/shape" in fit.codes and not late():
+                if _is_cut(fit, part):
+                    fit.search_cut(part, CUTS)
+                else:
+                    fit.search_length(part)
             step("fit", 0.5 + 0.1 * (n + 1))
         fit.solve_colors()
         fit.descend(second, FITTED // 2, 0.6, within(0.7, 0.8))
