@@ -13,8 +13,9 @@ from backend import families, poses
 from backend.evaluation import inversion as measured
 from backend.families.base import Latents, PersonPhoto
 from backend.families.people import encoder, fit, inversion, photo_maps, pose_search
-from backend.families.people.config import PARTS
+from backend.families.people.config import PARTS, TRIM
 from backend.families.people.encoder import JOINTS, Placement, joint_rotations, mirrored, placement
+from backend.families.people.wardrobe import OPEN
 from backend.photo import posing
 from backend.protocol import Inversion, PopulaceError
 from backend.settings import Settings
@@ -255,6 +256,35 @@ def test_the_fit_comes_back_from_a_disturbed_start(model, figure, shot):
     found.solve_light()
     assert found.score() < 0.4 * before
     assert inversion._scores(found)["mask_iou"] > max(0.88, overlap)
+
+
+def test_clothes_where_skin_is_drawn_do_not_colour_the_skin(model, figure, shot):
+    """Known body and pose, but nothing is worn: most of the skin that is drawn lies on clothes of the photo."""
+    sitting, codes = _sitting(model, figure, shot, 0.0)
+    found = fit.Fit(model, {k: v for k, v in codes.items() if k.startswith(("body", "hair"))}, [sitting])
+    found.solve_light()
+    found.solve_colors()
+    torch.testing.assert_close(found.codes["body/tex"][0, :3], codes["body/tex"][0, :3], atol=0.05, rtol=0)
+
+
+def test_sleeves_are_found(model, figure):
+    """A sweater with its sleeves cut short; the fit begins with long ones."""
+    items = [item["name"] for item in model.facts["items"]["top"]]
+    codes = {k: torch.from_numpy(v).clone() for k, v in figure.codes.items()}
+    shape = codes["top/shape"] = torch.zeros_like(codes["top/shape"])
+    shape[0, items.index("male_casualsuit02/top")], shape[0, -1] = 1, 1
+    shape[0, TRIM] = torch.tensor([-0.3, *OPEN["top"][1:]])
+    cut = photos.make_figure(model, Latents("people", codes))
+    sitting, said = _sitting(model, cut, _shoot(cut, poses.pose("arms_down", cut.bones)[0].astype(np.float64), 0.2), 0)
+    said["top/shape"][0, TRIM.start] = OPEN["top"][0]
+    found = fit.Fit(model, said, [sitting])
+    found.solve_light()
+    before = found.score()
+    found.search_length("top")
+    assert float(found.codes["top/shape"][0, TRIM.start]) == pytest.approx(-0.3, abs=0.25)
+    assert found.score() < 0.8 * before
+    found.search_length("top")  # and they stay
+    assert float(found.codes["top/shape"][0, TRIM.start]) == pytest.approx(-0.3, abs=0.25)
 
 
 @pytest.mark.parametrize("part", ["top", "bottom"])

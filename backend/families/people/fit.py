@@ -375,7 +375,7 @@ class Fit:
             shape[0, TRIM.start] = length
             candidates.append((present | {f"{part}/shape": shape}, SHORTER))
         self.choose(part, candidates)
-        if float(self.codes[f"{part}/shape"][0, TRIM.start]) in LENGTHS[part]:
+        if not torch.equal(self.codes[f"{part}/shape"], present[f"{part}/shape"]):
             self.search_cut(part, {TRIM.start: (-0.2, 0.2)})
 
 
