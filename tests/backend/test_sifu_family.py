@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial import cKDTree
 
 from backend import __main__ as cli
 from backend import families, pipeline, poses
 from backend.checkpoints import convert
+from backend.evaluation.inversion import align, make_case, surface_error
 from backend.families.base import Latents, LatticeField, PersonPhoto
 from backend.families.sifu.config import Config
 from backend.families.sifu.model import SifuModel, crop
@@ -34,6 +36,7 @@ from backend.geometry.tetgrid import extract_surface
 from backend.geometry.unwrap import unwrap
 from backend.protocol import Inversion, PopulaceError, parse_request
 from backend.settings import Settings
+from backend.training.photos import stand
 from tests.backend.sifu_bodies import capsule_body
 
 CPU = torch.device("cpu")
@@ -310,3 +313,24 @@ def test_populace_invert_makes_a_rigged_person(tmp_path: Path, monkeypatch: pyte
     assert told["meshes"]
     with pytest.raises(PopulaceError, match="makes people from photos"):
         pipeline.generate(parse_request({"family": "sifu", "seed": 1}), families.load("sifu", "cpu", Settings.load()))
+
+
+def test_it_works_out_of_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that ship, on a person whom nobody trained on: nearer than the body that the networks are told of
+    could be by chance, and in the photo's colours."""
+    monkeypatch.setenv("POPULACE_HOME", str(tmp_path))
+    people: Any = families.load("people", "cpu", Settings.load())
+    model = families.load("sifu", "cpu", Settings.load())
+    case = make_case(people, 1)
+    encoded = model.encode(case.photos, Inversion(steps=0))  # pyright: ignore[reportAttributeAccessIssue]
+    assert encoded.scores["mask_iou"] > 0.75
+    field = model.decode(encoded.latents)[0]
+    mesh = clean(extract_surface(field, 80))
+    assert is_closed(mesh)
+    truth = stand(case.figure, case.rotations)
+    scale, turn, shift = align(mesh.points.numpy(), truth)
+    placed = scale * mesh.points.numpy() @ turn.T + shift
+    assert surface_error(placed, mesh.faces.numpy(), truth, case.figure.faces)["chamfer_mm"] < 35
+    near = cKDTree(truth).query(placed)[1]
+    off = field.color(mesh.points).numpy() - case.figure.colors[near] / 255
+    assert float(np.abs(off).mean()) < 0.15

@@ -381,7 +381,9 @@ class Fit:
 
 LENGTHS = {"top": (-0.5, 0.0, 0.5), "bottom": (-0.8, -0.3, 0.3)}  # of sleeves and hems, see `cut.borders`
 SHORTER = 0.0005  # score that a shorter one must win
-CUTS = {TRIM.start: (-0.6, 0.6), TRIM.start + 1: (-0.6, 0.6), LOOSE: (-0.15, 0.15), THICK: (-0.3, 0.3)}
+# a waist is not among them: tops hide it
+CUTS = {"top": {TRIM.start: (-0.6, 0.6), TRIM.start + 1: (-0.6, 0.6), LOOSE: (-0.15, 0.15), THICK: (-0.3, 0.3)},
+        "bottom": {TRIM.start: (-0.6, 0.6), LOOSE: (-0.15, 0.15), THICK: (-0.3, 0.3)}}  # fmt: skip
 
 
 def _lit(sitting: Sitting) -> Float[Tensor, "9 3"]:

@@ -168,7 +168,7 @@ def _refine(fit: Fit, said: Sequence[Mapping[str, Tensor]], steps: int, until: f
         for n, part in enumerate(CLOTH):
             if f"{part}/shape" in fit.codes and not late():
                 if _is_cut(fit, part):
-                    fit.search_cut(part, CUTS)
+                    fit.search_cut(part, CUTS[part])
                 else:
                     fit.search_length(part)
             step("fit", 0.5 + 0.1 * (n + 1))
