@@ -15,7 +15,7 @@ from backend.families.base import Latents, PersonPhoto
 from backend.families.people import encoder, fit, inversion, photo_maps, pose_search
 from backend.families.people.config import PARTS, TRIM
 from backend.families.people.encoder import JOINTS, Placement, joint_rotations, mirrored, placement
-from backend.families.people.wardrobe import OPEN
+from backend.families.people.wardrobe import OPEN, SKIRT
 from backend.photo import posing
 from backend.protocol import Inversion, PopulaceError
 from backend.settings import Settings
@@ -295,9 +295,22 @@ def test_an_item_is_said_as_it_was_made(model, part):
 
     items = model.facts["items"][part]
     said = {name: torch.zeros(1, size) for name, size in encoder.layout(model.facts).items()}
-    codes = encoder.write_part(part, said, item=2)
+    codes = encoder.write_part(part, said, model.facts, item=2)
     shape, _ = garment_codes(part, Garment(items[2]["name"], np.zeros(6)), items)
     np.testing.assert_array_equal(codes[f"{part}/shape"][0].numpy(), shape)
+
+
+def test_a_skirt_that_is_said_ends_below_the_chest(model):
+    """The kit's skirt is as long as the body."""
+    names = [item["name"] for item in model.facts["items"]["bottom"]]
+    said = {name: torch.zeros(1, size) for name, size in encoder.layout(model.facts).items()}
+    codes = {k: v for k, v in model.sample(3, 0.0).codes.items() if k.startswith("body")}
+    codes |= encoder.write_part("bottom", said, model.facts, names.index(SKIRT))
+    worn = fit.surface_of(model, codes)
+    skirt = worn.points[worn.labels == 1]
+    assert len(skirt) > 500
+    assert float(skirt[:, 1].max()) < 1.15  # metres; chins are at 1.45
+    assert model.describe_part("bottom", {k: v for k, v in codes.items() if k.startswith("bottom")}) == "skirt"
 
 
 def test_a_step_with_the_other_leg_is_found(model, figure):

@@ -38,7 +38,7 @@ from backend.families.people.config import (
     TRIM,
     WORN,
 )
-from backend.families.people.wardrobe import OPEN
+from backend.families.people.wardrobe import OPEN, SKIRT, STYLES
 from backend.render.camera import Camera, perspective
 
 SIZE = 160  # pixels of the encoder's square
@@ -133,19 +133,24 @@ def write_codes(said: Mapping[str, Float[Tensor, "1 C"]], facts: Mapping[str, An
     codes = {"body/shape": said["body/shape"].clone(), "body/tex": body}
     for part in PARTS:
         if float(said[f"{part}/worn"]) > 0 and facts["items"][part]:
-            codes |= write_part(part, said)
+            codes |= write_part(part, said, facts)
     return codes
 
 
-def write_part(part: str, said: Mapping[str, Tensor], item: int | None = None) -> dict[str, Float[Tensor, "1 C"]]:
-    """Codes of a part as said, with its likeliest item or a given one."""
+def write_part(
+    part: str, said: Mapping[str, Tensor], facts: Mapping[str, Any], item: int | None = None
+) -> dict[str, Float[Tensor, "1 C"]]:
+    """Codes of a part as said, with its likeliest item or a given one. Trims are said of what is cut alone: other items
+    are worn as they were made, but the kit's skirt, which reaches the chin, as skirts are."""
     shape, tex = (said[f"{part}/item"].new_zeros(1, CODE_DIM) for _ in range(2))
     chosen = int(said[f"{part}/item"].argmax()) if item is None else item
     shape[0, chosen], shape[0, WORN] = 1, 1
     if part in CLOTH and chosen == said[f"{part}/item"].shape[1] - 1:
         shape[0, TRIM], shape[0, THICK], shape[0, LOOSE] = (*said[f"{part}/cut"][0].split([4, 1, 1]),)
     elif part in CLOTH:
-        shape[0, TRIM.start : TRIM.start + len(OPEN[part])] = shape.new_tensor(OPEN[part])
+        skirt = facts["items"][part][chosen]["name"] == SKIRT
+        trims = STYLES[part]["skirt"][0].trims if skirt else OPEN[part]
+        shape[0, TRIM.start : TRIM.start + len(trims)] = shape.new_tensor(trims)
     tex[0, :6] = said[f"{part}/palette"][0].clamp(-0.2, 1)
     tex[0, OWN + int(said[f"{part}/looks"].argmax())] = 1
     tex[0, SCALE] = said[f"{part}/scale"][0, 0]

@@ -217,7 +217,7 @@ def _candidates(fit: Fit, said: Mapping[str, Tensor], part: str) -> list[tuple[d
     chances += [(1 - worn, None)] if mine >= 0 and 1 - worn > LIKELY else []
     best = max(chance for chance, _ in chances)
     return [
-        (None if item is None else present if item == mine else write_part(part, said, item),
+        (None if item is None else present if item == mine else write_part(part, said, fit.model.facts, item),
          DOUBT * math.log(best / max(chance, 1e-3)))
         for chance, item in chances
     ]  # fmt: skip
