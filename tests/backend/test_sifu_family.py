@@ -323,7 +323,7 @@ def test_it_works_out_of_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = families.load("sifu", "cpu", Settings.load())
     case = make_case(people, 1)
     encoded = model.encode(case.photos, Inversion(steps=0))  # pyright: ignore[reportAttributeAccessIssue]
-    assert encoded.scores["mask_iou"] > 0.75
+    assert encoded.scores["mask_iou"] > 0.7  # of the first guess
     field = model.decode(encoded.latents)[0]
     mesh = clean(extract_surface(field, 80))
     assert is_closed(mesh)
