@@ -256,7 +256,7 @@ def test_lists(backend: Backend) -> None:
     assert (health["version"], health["device"], health["pid"]) == (__version__, "cpu", backend.process.pid)
     assert [family["name"] for family in backend.get("/v1/families")] == [info.name for info in families.infos()]
     assert [found["name"] for found in backend.get("/v1/weights") if found["here"]] == [
-        "people", "people_encoder"]  # fmt: skip
+        "people", "people_encoder", "sifu"]  # fmt: skip
     assert len(backend.get("/v1/jobs")) >= len(backend.get("/v1/jobs?client=test")) >= 1
 
 
