@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import sys
@@ -120,8 +121,7 @@ def run(
     `workers` are processes of a thread each. Whoever is in the folder `cache` is not measured again."""
     asked = asked or Asked()
     if cache is not None:
-        weights = (model.weights_sha256 or "none")[:12]
-        cache = cache / f"photos-{weights}-{asked.photos}-{asked.steps}-{asked.pictures:d}"
+        cache = cache / f"photos-{_fingerprint(model)}-{asked.photos}-{asked.steps}-{asked.pictures:d}"
         cache.mkdir(parents=True, exist_ok=True)
     found = []
     with contextlib.ExitStack() as stack:
@@ -146,6 +146,14 @@ def run(
     if found:
         report["peak_memory_mib"] = max(one["peak_memory_mib"] for one in found)
     return report
+
+
+def _fingerprint(model: PeopleModel) -> str:
+    """Of the people's weights and of the encoder, which has a file of its own."""
+    digest = hashlib.sha256((model.weights_sha256 or "").encode())
+    for tensor in model.encoder.state_dict().values() if model.encoder is not None else ():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

@@ -518,6 +518,13 @@ def test_a_killed_evaluation_goes_on(model, tmp_path, monkeypatch):
     assert again["people"] == len(again["encoder"]["each"]) == 2
     measured.run(model, 1, measured.Asked(photos=2, steps=0, pictures=False), cache=tmp_path)
     assert seen == [1, 0]
+    bias = model.encoder.head[0].bias.data
+    bias[0] += 1e-3  # another encoder
+    try:
+        measured.run(model, 1, asked, cache=tmp_path)
+    finally:
+        bias[0] -= 1e-3
+    assert seen == [1, 0, 0]
 
 
 def test_workers_measure_the_same_people(model):
